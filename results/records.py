@@ -1,0 +1,74 @@
+"""What a trial leaves behind: a `Measurement` or a `Failure`, both values with a JSON form."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Goal = Literal["minimize", "maximize"]
+FailureKind = Literal["illegal", "error", "out_of_memory", "timeout", "non_finite", "rank_deficient", "lost"]
+
+DETERMINISTIC_FAILURES: frozenset[str] = frozenset({"illegal", "error", "non_finite", "rank_deficient"})
+"""Failures that the same candidate would meet again; an equal candidate is told the same without being run."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured quantity: its name carries the unit, `goal` says which way is better."""
+
+    name: str
+    goal: Goal
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """The metrics of one candidate and the circumstances they were measured under."""
+
+    values: Mapping[str, float]
+    elapsed_s: float
+    device: str
+    versions: Mapping[str, str]
+    seed: int
+    num_threads: int = 1
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a candidate has no measurement: a kind, one line, and the traceback where there is one."""
+
+    kind: FailureKind
+    message: str
+    traceback: str = ""
+    elapsed_s: float = field(default=0.0, compare=False)
+
+
+Outcome = Measurement | Failure
+
+
+def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
+    return {"outcome": type(outcome).__name__, **asdict(outcome)}
+
+
+def outcome_from_json(data: Mapping[str, Any]) -> Outcome:
+    fields = {key: value for key, value in data.items() if key != "outcome"}
+    if data["outcome"] == "Failure":
+        return Failure(**fields)
+    return Measurement(**{**fields, "warnings": tuple(fields.get("warnings", ()))})
+
+
+def write_json_atomically(path: Path, data: Any) -> None:
+    """Write `data` so that a crash at any moment leaves either the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w") as file:
+        json.dump(data, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(name, path)

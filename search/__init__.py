@@ -1,0 +1,1 @@
+"""What to try next: studies, strategies, the loop and the command line."""

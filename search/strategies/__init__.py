@@ -1,0 +1,1 @@
+"""The registered strategies: what to try next."""

@@ -1,0 +1,40 @@
+"""The contract of a strategy: an Optuna sampler, or a proposer that works in rounds.
+
+    @strategy("random")
+    def random(space: SearchSpace, objectives: tuple[Metric, ...], seed: int) -> BaseSampler: ...
+
+A sampler answers one trial at a time. A proposer is for rules that decide a whole round from the rounds before and end
+by themselves; its batches are enqueued as ordinary Optuna trials, and the next batch is asked for when every trial of
+the last one is told. Neither is pickled: whatever it has learnt is rebuilt from the told trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from results.records import Metric
+from space.component import Scalar
+from space.registry import Registry
+from space.search_space import SearchSpace
+
+if TYPE_CHECKING:
+    import optuna
+
+
+class Proposer(Protocol):
+    """A rule that works in rounds."""
+
+    def next_batch(self, study: optuna.Study) -> list[Mapping[str, Scalar]] | None:
+        """The points of the next round, decided from the told trials of `study`; None when the rule has ended."""
+        ...
+
+
+MakeSampler = Callable[[SearchSpace, tuple[Metric, ...], int], "optuna.samplers.BaseSampler"]
+
+strategies: Registry[MakeSampler] = Registry("strategy", package="search.strategies")
+
+
+def strategy(name: str) -> Callable[[Any], Any]:
+    """Register a function `(space, objectives, seed) -> sampler` as the strategy `name`."""
+    return lambda make: strategies.add((name,), make)

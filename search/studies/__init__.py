@@ -1,0 +1,1 @@
+"""The registered studies: what is searched, how it is measured, what counts."""

@@ -1,0 +1,1 @@
+"""What can be built: specs of Vision Transformers, their components, exact costs and torch modules."""

@@ -1,0 +1,125 @@
+"""A search space: named axes and the function from a point on them to a candidate.
+
+`suggest` works with anything that has Optuna's `suggest_categorical` and `suggest_int`, so this package needs no Optuna.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from space.component import Scalar
+from space.registry import SpecError
+from space.spec import ArchSpec, digest_of
+
+
+class Suggests(Protocol):
+    """The part of `optuna.Trial` that a space uses."""
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One decision: a tuple of unordered choices or a `range` of integers.
+
+    An axis with `when=(other, value)` exists only where an earlier axis took that value: first the component, then its
+    own choices.
+    """
+
+    name: str
+    choices: tuple[Scalar, ...] | range
+    when: tuple[str, Scalar] | None = None
+
+    def is_active(self, params: Mapping[str, Scalar]) -> bool:
+        return self.when is None or params.get(self.when[0]) == self.when[1]
+
+    def suggest(self, trial: Suggests) -> Scalar:
+        if isinstance(self.choices, range):
+            return trial.suggest_int(self.name, self.choices[0], self.choices[-1], step=self.choices.step)
+        return trial.suggest_categorical(self.name, self.choices)
+
+    def to_json(self) -> dict[str, Any]:
+        values: Any = str(self.choices) if isinstance(self.choices, range) else list(self.choices)
+        return {"name": self.name, "choices": values, **({"when": list(self.when)} if self.when else {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What a trial measures: the network that is reported and, where a stand-in is scored in its place, that proxy.
+
+    `label` is the method's own notation of the network, as a reader of the leaderboard knows it.
+    """
+
+    model: ArchSpec
+    proxy: ArchSpec | None = None
+    label: str = ""
+
+    @property
+    def scored(self) -> ArchSpec:
+        """The network that the score is computed on."""
+        return self.proxy or self.model
+
+    def to_json(self) -> dict[str, Any]:
+        proxy = {"proxy": self.proxy.to_json()} if self.proxy else {}
+        return {"label": self.label, "model": self.model.to_json(), **proxy}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """Axes in the order they are decided, and `decode`: a point on them to the candidate it names."""
+
+    name: str
+    axes: tuple[Axis, ...]
+    decode: Callable[[Mapping[str, Any]], Candidate]
+
+    def suggest(self, trial: Suggests) -> dict[str, Scalar]:
+        """A point of the space, decided by `trial` axis by axis."""
+        params: dict[str, Scalar] = {}
+        for axis in self.axes:
+            if axis.is_active(params):
+                params[axis.name] = axis.suggest(trial)
+        return params
+
+    def check(self, params: Mapping[str, Scalar]) -> None:
+        """Raise SpecError unless `params` is a point of this space: which axis, what is allowed."""
+        wanted = [axis for axis in self.axes if axis.is_active(params)]
+        if extra := set(params) - {axis.name for axis in wanted}:
+            raise SpecError(f"space {self.name!r} has no axis {', '.join(sorted(extra))} at this point")
+        for axis in wanted:
+            if axis.name not in params or params[axis.name] not in axis.choices:
+                allowed = axis.choices if isinstance(axis.choices, range) else ", ".join(map(str, axis.choices))
+                raise SpecError(f"space {self.name!r}: {axis.name} is {params.get(axis.name)!r}; allowed: {allowed}")
+
+    @property
+    def size(self) -> int:
+        """Number of points."""
+        if all(axis.when is None for axis in self.axes):
+            return math.prod(len(axis.choices) for axis in self.axes)
+        return sum(1 for _ in self.points())
+
+    def points(self) -> Iterator[dict[str, Scalar]]:
+        """Every point, the last axis varying fastest."""
+
+        def extend(params: dict[str, Scalar], axes: tuple[Axis, ...]) -> Iterator[dict[str, Scalar]]:
+            if not axes:
+                yield dict(params)
+            elif axes[0].is_active(params):
+                for value in axes[0].choices:
+                    yield from extend({**params, axes[0].name: value}, axes[1:])
+            else:
+                yield from extend(params, axes[1:])
+
+        yield from extend({}, self.axes)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "axes": [axis.to_json() for axis in self.axes]}
+
+    @property
+    def digest(self) -> str:
+        """Changes when an axis or a choice does: a study refuses to go on with another space."""
+        return digest_of(self.to_json())

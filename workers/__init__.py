@@ -1,0 +1,1 @@
+"""How a candidate is measured: evaluators, data, and the pools that run them."""

@@ -1,0 +1,140 @@
+"""The contract of an evaluator: a plain function from a model to metrics, with its needs declared beside it.
+
+    @evaluator("as_vit", metrics=(Metric("length_distortion", "maximize"), ...), settings=AsVitSettings)
+    def as_vit(model: ArchSpec, context: Context, settings: AsVitSettings) -> Mapping[str, float]: ...
+
+It may raise `EvaluationError` with a failure kind; anything else it raises is recorded as `error` with its traceback.
+Equal calls give equal bits: it may depend on nothing but the model, the settings, the data, the seed and the number
+of threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
+
+from results.records import FailureKind, Metric
+from space.registry import Registry, SpecError, unknown_name
+from space.spec import ArchSpec, digest_of
+
+
+class EvaluationError(Exception):
+    """A candidate that cannot be measured, for a reason the evaluator knows."""
+
+    def __init__(self, kind: FailureKind, message: str):
+        super().__init__(message)
+        self.kind: FailureKind = kind
+
+
+class Report(Protocol):
+    """Receives points of a curve while an evaluator runs."""
+
+    def __call__(self, name: str, value: float, step: int) -> None: ...
+
+
+def report_nothing(name: str, value: float, step: int) -> None:
+    """The report of a caller that does not listen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What an evaluator may use beside the model: `data` names the images, `workdir` outlives a lost worker."""
+
+    seed: int
+    data: str = "digits"
+    device: str = "cpu"
+    workdir: Path = Path(".")
+    report: Report = report_nothing
+    warn: Callable[[str], None] = lambda message: None
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """The settings of an evaluator that has none."""
+
+
+Function = Callable[[ArchSpec, Context, Any], Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """A registered function with what it measures and what it needs.
+
+    `is_free` marks one that costs microseconds and needs no image: it never occupies a worker. `subject` says which
+    network of a candidate it looks at: the real one that is reported, or the proxy that is scored in its place.
+    """
+
+    name: str
+    function: Function
+    metrics: tuple[Metric, ...]
+    settings: type = NoSettings
+    subject: Literal["model", "proxy"] = "model"
+    is_free: bool = False
+    uses_data: bool = False
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory_mb: int = 1000
+
+    def parse_settings(self, assignments: Mapping[str, str]) -> Any:
+        """Settings from `{field: text}`; raises SpecError naming the field and what is allowed."""
+        hints = get_type_hints(self.settings)
+        values: dict[str, Any] = {}
+        for name, text in assignments.items():
+            if name not in hints:
+                raise unknown_name("setting", name, hints, f"evaluator {self.name!r}")
+            values[name] = _parse(text, hints[name], f"{self.name}.{name}")
+        try:
+            return self.settings(**values)
+        except ValueError as error:
+            raise SpecError(f"evaluator {self.name!r}: {error}") from error
+
+
+evaluators: Registry[Evaluator] = Registry("evaluator", package="workers.evaluators")
+
+
+def evaluator(name: str, **declared: Any) -> Callable[[Function], Function]:
+    """Register a function as the evaluator `name`; keywords are the fields of `Evaluator`."""
+
+    def register(function: Function) -> Function:
+        evaluators.add((name,), Evaluator(name=name, function=function, **declared))
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Call:
+    """An evaluator by name with its settings: what a phase lists and a measurement's identity holds."""
+
+    name: str
+    settings: Any = field(default_factory=NoSettings)
+
+    @property
+    def evaluator(self) -> Evaluator:
+        return evaluators.get(self.name)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "settings": dataclasses.asdict(self.settings)}
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.to_json())
+
+
+def _parse(text: str, hint: Any, where: str) -> Any:
+    if get_origin(hint) is Literal:
+        allowed = get_args(hint)
+        if text not in allowed:
+            raise SpecError(f"{where} is {text!r}; allowed: {', '.join(map(str, allowed))}")
+        return text
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise SpecError(f"{where} is {text!r}; allowed: true, false")
+        return text.lower() == "true"
+    try:
+        return hint(text)
+    except ValueError as error:
+        raise SpecError(f"{where} is {text!r}; {hint.__name__} is expected") from error

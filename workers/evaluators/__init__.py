@@ -1,0 +1,1 @@
+"""The registered evaluators: plain functions that need neither Ray nor Optuna nor MLflow."""
