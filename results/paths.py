@@ -1,0 +1,57 @@
+"""Where everything of a runs directory lies, in one place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+SQLITE = "sqlite:///"
+
+
+def default_runs(environment: Mapping[str, str]) -> Path:
+    """`$VITSCALE_RUNS`, else `runs` of the current directory; absolute."""
+    return Path(environment.get("VITSCALE_RUNS") or "runs").expanduser().absolute()
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of a runs directory; `root` is made absolute. Nothing is created."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root).expanduser().absolute())
+
+    @property
+    def journal(self) -> Path:
+        """Optuna's default storage."""
+        return self.root / "optuna.journal"
+
+    @property
+    def mlflow_uri(self) -> str:
+        """MLflow's default store."""
+        return f"{SQLITE}{self.root / 'mlflow.db'}"
+
+    @property
+    def artifact_root(self) -> Path:
+        """The artifacts of the default MLflow store."""
+        return self.root / "mlflow-artifacts"
+
+    def workdir(self, study: str, phase: str, number: int) -> Path:
+        """The files of one trial: outcome, checkpoints."""
+        return self.root / "work" / _file_name(study) / _file_name(phase) / f"{number:06d}"
+
+    def lock(self, study: str) -> Path:
+        """Held by the one driver of the study."""
+        return self.root / f"{_file_name(study)}.lock"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The database file of a sqlite URI; None for any other URI."""
+    return Path(uri.removeprefix(SQLITE)).absolute() if uri.startswith(SQLITE) else None
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.=+-]", "_", name)

@@ -1,0 +1,119 @@
+"""How well one quantity ranks networks like another: Kendall's tau-b with its uncertainty.
+
+tau-b is the share of agreeing minus disagreeing pairs, corrected for ties (Kendall, "The treatment of ties in ranking
+problems", Biometrika 33, 1945); partial tau is Kendall, "Partial rank correlation", Biometrika 32, 1942.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TRIVIAL_METRICS = ("length_distortion_closed_form", "closed_form", "params_m", "gmacs", "depth")
+"""What a topology costs nothing to know: an expensive score is worth its price for what it says beyond these."""
+
+MAX_BOOTSTRAP_POINTS = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankAgreement:
+    """tau-b of `num_points` pairs of values with the ends of its bootstrap interval; nan where tau is undefined."""
+
+    tau: float
+    low: float
+    high: float
+    num_points: int
+
+
+def kendall_tau(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
+    """Kendall's tau-b; nan if either argument is constant or has fewer than two values."""
+    from scipy.stats import kendalltau
+
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(x) != len(y):
+        raise ValueError(f"tau needs values in pairs, got {len(x)} and {len(y)}")
+    if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
+        return math.nan
+    # The p-value is not used, and for short samples without ties scipy would compute an exact one.
+    return float(kendalltau(x, y, method="asymptotic").statistic)
+
+
+def partial_kendall_tau(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, z: Sequence[float] | np.ndarray) -> float:
+    """Agreement of x and y with what both share with z removed; nan if z orders one of them perfectly."""
+    xy, xz, yz = kendall_tau(x, y), kendall_tau(x, z), kendall_tau(y, z)
+    remaining = (1 - xz**2) * (1 - yz**2)
+    return (xy - xz * yz) / math.sqrt(remaining) if remaining > 1e-12 else math.nan
+
+
+def rank_agreement(
+    x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, *, seed: int, num_resamples: int = 1000, confidence: float = 0.95
+) -> RankAgreement:
+    """tau-b with its percentile bootstrap interval over networks.
+
+    Above `MAX_BOOTSTRAP_POINTS` networks the interval is that of a random subset, its distance from tau shrunk by the
+    square root of the subset's share (the width goes as one over the root of n).
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    tau = kendall_tau(x, y)
+    num_points = len(x)
+    if math.isnan(tau):
+        return RankAgreement(tau=tau, low=math.nan, high=math.nan, num_points=num_points)
+    generator = np.random.default_rng(seed)
+    shrink = 1.0
+    if num_points > MAX_BOOTSTRAP_POINTS:
+        subset = generator.choice(num_points, MAX_BOOTSTRAP_POINTS, replace=False)
+        shrink = math.sqrt(MAX_BOOTSTRAP_POINTS / num_points)
+        x, y = x[subset], y[subset]
+    resampled = _resampled_taus(x, y, generator, num_resamples)
+    centre = kendall_tau(x, y)
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(resampled, [tail, 1 - tail]) if not np.isnan(resampled).all() else (math.nan, math.nan)
+    low, high = tau + shrink * (low - centre), tau + shrink * (high - centre)
+    return RankAgreement(tau=tau, low=float(max(low, -1.0)), high=float(min(high, 1.0)), num_points=num_points)
+
+
+def _resampled_taus(x: np.ndarray, y: np.ndarray, generator: np.random.Generator, num_resamples: int) -> np.ndarray:
+    """tau-b of each resample.
+
+    A resample is the vector w of how often each network was drawn, and its tau is (w'Aw) / sqrt(w'Bw w'Cw) with
+    A_ij = sign(x_i - x_j) sign(y_i - y_j), B = |sign of x|, C = |sign of y|: three matrix products for all resamples.
+    float32 holds the row sums exactly, they are integers of at most n.
+    """
+    n = len(x)
+    draws = generator.multinomial(n, np.full(n, 1 / n), size=num_resamples).T.astype(np.float32)
+    x_sign = np.sign(x[:, None] - x[None, :]).astype(np.float32)
+    y_sign = np.sign(y[:, None] - y[None, :]).astype(np.float32)
+
+    def quadratic(pairs: np.ndarray) -> np.ndarray:
+        return np.einsum("nb,nb->b", pairs @ draws, draws, dtype=np.float64)
+
+    agreeing = quadratic(x_sign * y_sign)
+    untied = quadratic(np.abs(x_sign)) * quadratic(np.abs(y_sign))
+    return np.divide(agreeing, np.sqrt(untied), out=np.full(num_resamples, np.nan), where=untied > 0)
+
+
+def agreement_table(
+    frame: pd.DataFrame, scores: str | Sequence[str], baselines: Sequence[str] = TRIVIAL_METRICS, *, seed: int = 0
+) -> pd.DataFrame:
+    """For each expensive score and each trivial baseline among the frame's columns: score, baseline, tau, low, high, n.
+
+    tau is of the values as they are, not turned by their goals. Rows of the frame that lack one of the two are left out.
+    """
+    import pandas as pd
+
+    rows = []
+    for score in [scores] if isinstance(scores, str) else scores:
+        for baseline in baselines:
+            if baseline == score or score not in frame or baseline not in frame:
+                continue
+            pair = frame[[score, baseline]].dropna()
+            found = rank_agreement(pair[score].to_numpy(), pair[baseline].to_numpy(), seed=seed)
+            rows.append((score, baseline, found.tau, found.low, found.high, found.num_points))
+    return pd.DataFrame(rows, columns=pd.Index(["score", "baseline", "tau", "low", "high", "n"]))

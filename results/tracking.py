@@ -1,0 +1,563 @@
+"""The ledger of what was measured: a run per trial in MLflow, written by the driver alone.
+
+One experiment per study; in it a parent run per invocation of the driver and a child run per trial that was evaluated.
+A run of kind `trial` is found by its tag `trial_key`, which holds phase and number. While it is RUNNING (or KILLED, when
+its driver is gone) it may be taken up again; FINISHED and FAILED are final, so a trial is never recorded twice. The
+driver holds the study's lock (search/lock.py): whatever is RUNNING when a tracker is made belongs to a dead driver.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+from urllib.parse import unquote, urlsplit
+
+from results.paths import sqlite_path
+from results.records import Failure, Measurement, Metric, Outcome
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+PAGE_SIZE = 1000
+"""Runs per request; MLflow returns one page and does not say that there are more unless asked."""
+
+MAX_PARAMS = 24
+MAX_TAG_CHARACTERS = 8000
+FLUSH_INTERVAL_S = 5.0
+FLUSH_POINTS = 500
+CHECK_TIMEOUT_S = 5
+
+CANDIDATE_FILE = "candidate.json"
+TRACEBACK_FILE = "traceback.txt"
+CURVE = "curve/"
+"""Prefix of the metrics that were reported while a trial ran; without it the last point could hide the final value."""
+
+ELAPSED = "elapsed_s"
+FINAL_STATUSES = ("FINISHED", "FAILED")
+PARENT_TAG = "mlflow.parentRunId"
+NOTE_TAG = "mlflow.note.content"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """A trial as the ledger names it.
+
+    `params` are Optuna's; `candidate` is its JSON: label, model and, where another network is scored in its place, proxy.
+    `digest` names the model that is reported, `proxy_digest` the one that is scored. `reused_from` is the number of the
+    trial whose measurement this one was given.
+    """
+
+    study: str
+    phase: str
+    number: int
+    label: str
+    digest: str
+    params: Mapping[str, Any]
+    candidate: Mapping[str, Any]
+    proxy_digest: str | None = None
+    reused_from: int | None = None
+
+
+class Tracker(Protocol):
+    """Where the loop records its trials."""
+
+    def open(self, trial: TrialRecord) -> None:
+        """The trial starts to run; one left open by a dead driver is taken up."""
+        ...
+
+    def report(self, trial: TrialRecord, name: str, value: float, step: int) -> None:
+        """A point of a curve of a running trial."""
+        ...
+
+    def record(self, trial: TrialRecord, outcome: Outcome) -> None:
+        """The trial has ended; recording it again changes nothing."""
+        ...
+
+    def finished_outcome(self, phase: str, number: int) -> Outcome | None:
+        """What was recorded of the trial; None if it has not ended."""
+        ...
+
+    def mark_family(self, phase: str, numbers: Sequence[int]) -> None:
+        """These trials, in this order, are the networks that the phase yields."""
+        ...
+
+    def close(self, status: RunStatus) -> None:
+        """The invocation ends; nothing is left open."""
+        ...
+
+
+class NullTracker:
+    """Keeps nothing."""
+
+    def open(self, trial: TrialRecord) -> None:
+        pass
+
+    def report(self, trial: TrialRecord, name: str, value: float, step: int) -> None:
+        pass
+
+    def record(self, trial: TrialRecord, outcome: Outcome) -> None:
+        pass
+
+    def finished_outcome(self, phase: str, number: int) -> Outcome | None:
+        return None
+
+    def mark_family(self, phase: str, numbers: Sequence[int]) -> None:
+        pass
+
+    def close(self, status: RunStatus) -> None:
+        pass
+
+
+@dataclass(kw_only=True)
+class _OpenRun:
+    run_id: str
+    artifact_uri: str
+    logged: Mapping[str, float] = field(default_factory=dict)
+    points: list[tuple[str, float, int, int]] = field(default_factory=list)
+    flushed_at: float = field(default_factory=time.monotonic)
+
+
+class MlflowTracker:
+    """Writes to MLflow's store or server behind `uri`.
+
+    Making one closes (KILLED) what dead invocations left RUNNING; a trial that is then opened again goes on in its own run,
+    moved under the new parent, so that a parent lists the trials that ended under it. `artifact_root` counts for a store
+    without a server, default `mlflow-artifacts` beside a sqlite file; a server chooses its own. `invocation` holds the
+    settings of the parent run, `command` among them if known; `objectives` the metrics of each phase that decide its rank.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        study: str,
+        *,
+        artifact_root: Path | None = None,
+        invocation: Mapping[str, str],
+        objectives: Mapping[str, Sequence[Metric]],
+    ):
+        self.uri = uri
+        self.study = study
+        path = sqlite_path(uri)
+        if path is not None:
+            artifact_root = artifact_root or path.parent / "mlflow-artifacts"
+            _create_sqlite_store(path)
+        self._client = mlflow_client(uri)
+        self._experiment_id = self._open_experiment(artifact_root)
+        for run in self._runs("attributes.status = 'RUNNING'"):
+            self._client.set_terminated(run.info.run_id, "KILLED")
+        self._user = _user_tags()
+        self.parent_run_id = self._open_parent(invocation, objectives)
+        self._open: dict[str, _OpenRun] = {}
+        self._highest: dict[str, int] = {}
+
+    def open(self, trial: TrialRecord) -> None:
+        key = trial_key(trial.phase, trial.number)
+        if key not in self._open and (known := self._find(trial.phase, trial.number)):
+            if known.info.status not in FINAL_STATUSES:
+                self._open[key] = self._take_up(known)
+        elif key not in self._open:
+            self._open[key] = self._create(trial)
+
+    def report(self, trial: TrialRecord, name: str, value: float, step: int) -> None:
+        run = self._open.get(trial_key(trial.phase, trial.number))
+        if run is None:
+            return
+        run.points.append((name, float(value), step, _now_ms()))
+        if len(run.points) >= FLUSH_POINTS or time.monotonic() - run.flushed_at > FLUSH_INTERVAL_S:
+            self._flush(run)
+
+    def record(self, trial: TrialRecord, outcome: Outcome) -> None:
+        self.open(trial)
+        run = self._open.pop(trial_key(trial.phase, trial.number), None)
+        if run is None:
+            return
+        from mlflow.entities import Metric as Point
+        from mlflow.entities import RunTag
+
+        self._flush(run)
+        now = _now_ms()
+        # A driver killed after log_batch and before the end of this function left the values there: they are not logged twice.
+        values = {name: float(value) for name, value in _metric_values(outcome).items() if run.logged.get(name) != float(value)}
+        self._client.log_batch(
+            run.run_id,
+            metrics=[Point(name, value, now, 0) for name, value in values.items()],
+            tags=[RunTag(name, text[:MAX_TAG_CHARACTERS]) for name, text in _outcome_tags(outcome).items()],
+        )
+        self._write_text(run, CANDIDATE_FILE, json.dumps(dict(trial.candidate), indent=1))
+        if isinstance(outcome, Failure) and outcome.traceback:
+            self._write_text(run, TRACEBACK_FILE, outcome.traceback)
+        self._client.set_terminated(run.run_id, "FAILED" if isinstance(outcome, Failure) else "FINISHED")
+
+    def finished_outcome(self, phase: str, number: int) -> Outcome | None:
+        run = self._find(phase, number)
+        if run is None or run.info.status not in FINAL_STATUSES:
+            return None
+        return recorded_outcome(run, lambda name: _read_text(self._client, run, name) or "")
+
+    def mark_family(self, phase: str, numbers: Sequence[int]) -> None:
+        wanted = {number: str(step) for step, number in enumerate(numbers)}
+        marked = {int(run.data.tags["trial"]): run for run in self._runs(f"tags.phase = '{phase}' and tags.family_step != ''")}
+        for number, run in marked.items():
+            if number not in wanted:
+                self._client.delete_tag(run.info.run_id, "family_step")
+        for number, step in wanted.items():
+            run = marked.get(number) or self._find(phase, number)
+            if run is not None and run.data.tags.get("family_step") != step:
+                self._client.set_tag(run.info.run_id, "family_step", step)
+
+    def attach(self, *, description: str, files: Sequence[Path]) -> None:
+        """Give the parent run these files, and parent and experiment a description in Markdown that MLflow's pages show."""
+        for file in files:
+            self._client.log_artifact(self.parent_run_id, str(file))
+        self._client.set_tag(self.parent_run_id, NOTE_TAG, description[:MAX_TAG_CHARACTERS])
+        self._client.set_experiment_tag(self._experiment_id, NOTE_TAG, description[: MAX_TAG_CHARACTERS // 2])
+
+    def close(self, status: RunStatus) -> None:
+        for run in self._open.values():
+            self._flush(run)
+        self._open.clear()
+        for run in self._runs("attributes.status = 'RUNNING'"):
+            self._client.set_terminated(run.info.run_id, status if run.info.run_id == self.parent_run_id else "KILLED")
+
+    def _open_experiment(self, artifact_root: Path | None) -> str:
+        experiment = self._client.get_experiment_by_name(self.study)
+        if experiment is None:
+            location = None if artifact_root is None or not _is_database(self.uri) else artifact_root.absolute().as_uri()
+            return self._client.create_experiment(self.study, location, tags={"mlflow.experimentKind": "custom_model_development"})
+        if experiment.lifecycle_stage != "active":
+            raise ValueError(
+                f"experiment {self.study!r} was deleted in MLflow ({self.uri}); restore it there, or give the study another name"
+            )
+        return experiment.experiment_id
+
+    def _open_parent(self, invocation: Mapping[str, str], objectives: Mapping[str, Sequence[Metric]]) -> str:
+        from mlflow.entities import Param
+
+        command = invocation.get("command", "")
+        tags = {
+            "kind": "invocation",
+            "study": self.study,
+            "command": command,
+            "objectives": json.dumps({phase: [asdict(metric) for metric in metrics] for phase, metrics in objectives.items()}),
+            "mlflow.source.name": command or self.study,
+            **self._user,
+        }
+        name = f"{self.study} {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        run_id = self._client.create_run(self._experiment_id, tags=tags, run_name=name).info.run_id
+        params = [Param(name, str(value)) for name, value in invocation.items() if name != "command"]
+        for start in range(0, len(params), 100):
+            self._client.log_batch(run_id, params=params[start : start + 100])
+        return run_id
+
+    def _create(self, trial: TrialRecord) -> _OpenRun:
+        tags = {
+            PARENT_TAG: self.parent_run_id,
+            "kind": "trial",
+            "trial_key": trial_key(trial.phase, trial.number),
+            "phase": trial.phase,
+            "trial": str(trial.number),
+            "label": trial.label,
+            "digest": trial.digest,
+            "params": json.dumps(dict(trial.params)),
+            **self._user,
+        }
+        if trial.proxy_digest is not None:
+            tags["proxy_digest"] = trial.proxy_digest
+        if trial.reused_from is not None:
+            tags["reused_from"] = str(trial.reused_from)
+        tags = {name: text[:MAX_TAG_CHARACTERS] for name, text in tags.items()}
+        run = self._client.create_run(self._experiment_id, tags=tags, run_name=f"{trial.phase} {trial.number}")
+        self._highest[trial.phase] = max(self._highest.get(trial.phase, -1), trial.number)
+        return _OpenRun(run_id=run.info.run_id, artifact_uri=run.info.artifact_uri or "")
+
+    def _take_up(self, run: Run) -> _OpenRun:
+        run_id = run.info.run_id
+        self._client.update_run(run_id, status="RUNNING")
+        self._client.set_tag(run_id, PARENT_TAG, self.parent_run_id)
+        return _OpenRun(run_id=run_id, artifact_uri=run.info.artifact_uri or "", logged=run.data.metrics)
+
+    def _find(self, phase: str, number: int) -> Run | None:
+        """The run of a trial, a final one first. A number above all recorded ones costs no request."""
+        if phase not in self._highest:
+            newest = self._client.search_runs(
+                [self._experiment_id], f"tags.phase = '{phase}'", order_by=["tags.trial_key DESC"], max_results=1
+            )
+            self._highest[phase] = int(newest[0].data.tags["trial"]) if newest else -1
+        if number > self._highest[phase]:
+            return None
+        found = list(self._runs(f"tags.trial_key = '{trial_key(phase, number)}'"))
+        found.sort(key=lambda run: (run.info.status not in FINAL_STATUSES, run.info.start_time))
+        return found[0] if found else None
+
+    def _runs(self, filter_string: str) -> Iterator[Run]:
+        return search_runs(self._client, [self._experiment_id], filter_string)
+
+    def _flush(self, run: _OpenRun) -> None:
+        from mlflow.entities import Metric as Point
+
+        points, run.points = run.points, []
+        run.flushed_at = time.monotonic()
+        if points:
+            self._client.log_batch(run.run_id, metrics=[Point(CURVE + name, value, now, step) for name, value, step, now in points])
+
+    def _write_text(self, run: _OpenRun, name: str, text: str) -> None:
+        """An artifact; where the folder is local, as a plain file, which spares MLflow's request for the run (4 ms)."""
+        folder = _local_folder(run.artifact_uri)
+        if folder is None:
+            self._client.log_text(run.run_id, text, name)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def trial_key(phase: str, number: int) -> str:
+    """Phase and number, padded: sorted as text, the keys of a phase are in the order of their numbers."""
+    return f"{phase}/{number:09d}"
+
+
+def recorded_outcome(run: Run, read_text) -> Outcome:
+    """The outcome a final run holds; `read_text(name)` gives one of its text artifacts."""
+    tags, metrics = run.data.tags, run.data.metrics
+    elapsed_s = metrics.get(ELAPSED, 0.0)
+    if run.info.status == "FAILED":
+        kind: Any = tags.get("failure_kind", "error")
+        return Failure(
+            kind=kind, message=tags.get("failure_message", ""), traceback=read_text(TRACEBACK_FILE), elapsed_s=elapsed_s
+        )
+    return Measurement(
+        values={name: value for name, value in metrics.items() if name != ELAPSED and not name.startswith(CURVE)},
+        elapsed_s=elapsed_s,
+        device=tags.get("device", ""),
+        versions=json.loads(tags.get("versions", "{}")),
+        seed=int(tags.get("seed", "0")),
+        num_threads=int(tags.get("num_threads", "1")),
+        warnings=tuple(json.loads(tags.get("warnings", "[]"))),
+    )
+
+
+def _metric_values(outcome: Outcome) -> dict[str, float]:
+    if isinstance(outcome, Failure):
+        return {ELAPSED: outcome.elapsed_s}
+    return {ELAPSED: outcome.elapsed_s, **outcome.values}
+
+
+def _outcome_tags(outcome: Outcome) -> dict[str, str]:
+    if isinstance(outcome, Failure):
+        return {"failure_kind": outcome.kind, "failure_message": outcome.message or outcome.kind}
+    tags = {
+        "device": outcome.device,
+        "versions": json.dumps(dict(outcome.versions)),
+        "seed": str(outcome.seed),
+        "num_threads": str(outcome.num_threads),
+    }
+    warnings = list(outcome.warnings)
+    while len(text := json.dumps(warnings)) > MAX_TAG_CHARACTERS:
+        warnings = warnings[: len(warnings) // 2]
+    return {**tags, "warnings": text} if warnings else tags
+
+
+def mlflow_client(uri: str) -> MlflowClient:
+    """A client that sends no telemetry and does not narrate its migrations."""
+    import logging
+
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(uri)
+
+
+def search_runs(client: MlflowClient, experiment_ids: list[str], filter_string: str = "", order_by: list[str] | None = None) -> Iterator[Run]:
+    """Every run that matches, over all pages."""
+    found: list[Run] = []
+    token = None
+    while True:
+        page = client.search_runs(experiment_ids, filter_string, max_results=PAGE_SIZE, order_by=order_by, page_token=token)
+        found.extend(page)
+        token = page.token
+        if not token:
+            # Yielded when complete: a caller that changes runs while reading would shift the pages under itself.
+            return iter(found)
+
+
+def check_tracking(uri: str) -> None:
+    """Raise ValueError in one line if the store or server cannot be used; takes a few seconds at most. Creates nothing."""
+    path = sqlite_path(uri)
+    scheme = urlsplit(uri).scheme
+    if path is not None:
+        _check_sqlite(path)
+        if not path.exists() or not path.stat().st_size:
+            return
+    elif _is_database(uri):
+        _check_database(uri)
+    elif scheme not in ("http", "https") and not uri.startswith("databricks"):
+        raise ValueError(f"MLflow tracking URI {uri!r} is not supported; use sqlite:////PATH/mlflow.db, http(s)://HOST:PORT or a database URL")
+    try:
+        with _impatient():
+            mlflow_client(uri).search_experiments(max_results=1)
+    except Exception as error:
+        raise ValueError(f"MLflow tracking {_without_password(uri)!r} cannot be used: {_reason(error)}") from error
+
+
+def archive_experiment(uri: str, study: str, new_name: str) -> bool:
+    """Give the study's experiment another name; nothing is deleted. False if there is no such experiment."""
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        return False
+    client = mlflow_client(uri)
+    experiment = client.get_experiment_by_name(study)
+    if experiment is None:
+        return False
+    if client.get_experiment_by_name(new_name) is not None:
+        raise ValueError(f"experiment {study!r} cannot be archived as {new_name!r}: MLflow ({uri}) has an experiment of that name")
+    client.rename_experiment(experiment.experiment_id, new_name)
+    return True
+
+
+def find_candidate(uri: str, digest: str) -> dict[str, Any] | None:
+    """The candidate whose model has this digest, or one that begins so (6 hex digits at least), in any experiment.
+
+    Returns its JSON as it was recorded, None if nobody knows it. Raises ValueError for a malformed or ambiguous digest.
+    """
+    digest = digest.lower()
+    if len(digest) < 6 or any(letter not in "0123456789abcdef" for letter in digest):
+        raise ValueError(f"{digest!r} is no digest; expected at least 6 hexadecimal digits")
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        return None
+    client = mlflow_client(uri)
+    experiment_ids = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = list(search_runs(client, experiment_ids, f"tags.digest LIKE '{digest}%'")) if experiment_ids else []
+    digests = sorted({run.data.tags["digest"] for run in runs})
+    if len(digests) > 1:
+        raise ValueError(f"digest {digest!r} is ambiguous: {', '.join(digests[:5])}{', ...' if len(digests) > 5 else ''}")
+    for run in runs:
+        if run.info.status in FINAL_STATUSES and (text := _read_text(client, run, CANDIDATE_FILE)):
+            return json.loads(text)
+    return None
+
+
+def _create_sqlite_store(path: Path) -> None:
+    """Make MLflow's tables in a file that appears only when it is whole: half a migration cannot be continued."""
+    if path.exists() and path.stat().st_size:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mlflow-") as folder:
+        unfinished = Path(folder) / path.name
+        mlflow_client(f"sqlite:///{unfinished}").search_experiments(max_results=1)
+        path.unlink(missing_ok=True)
+        try:
+            os.link(unfinished, path)
+        except FileExistsError:
+            return
+
+
+def _check_sqlite(path: Path) -> None:
+    where = f"MLflow store {str(path)!r} cannot be used"
+    if path.exists():
+        try:
+            with sqlite3.connect(path.as_uri() + "?mode=rw", uri=True, timeout=CHECK_TIMEOUT_S) as database:
+                database.execute("PRAGMA schema_version").fetchone()
+        except sqlite3.Error as error:
+            raise ValueError(f"{where}: {error}") from error
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"{where}: it is not writable")
+        return
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{where}: {str(parent)!r} is not a folder that can be written to")
+
+
+def _check_database(uri: str) -> None:
+    """MLflow would try a dead database fifteen times before giving up."""
+    import sqlalchemy
+
+    options = {} if uri.startswith("sqlite") else {"connect_args": {"connect_timeout": CHECK_TIMEOUT_S}}
+    try:
+        engine = sqlalchemy.create_engine(uri, **options)
+        engine.connect().close()
+        engine.dispose()
+    except Exception as error:
+        raise ValueError(f"MLflow tracking {_without_password(uri)!r} cannot be used: {_reason(error)}") from error
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """MLflow's requests give up after seconds, not after its seven patient retries."""
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(CHECK_TIMEOUT_S)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line."""
+    text = str(error)
+    for words, reason in (
+        ("refused", "connection refused"),
+        ("timed out", f"no answer within {CHECK_TIMEOUT_S} s"),
+        ("resolve", "the host name cannot be resolved"),
+    ):
+        if words in text:
+            return reason
+    line = text.strip().split("\n")[0] or type(error).__name__
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+def _is_database(uri: str) -> bool:
+    return urlsplit(uri).scheme.split("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+
+
+def _local_folder(artifact_uri: str) -> Path | None:
+    parts = urlsplit(artifact_uri)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return Path(unquote(parts.path))
+    return Path(artifact_uri) if artifact_uri.startswith("/") else None
+
+
+def _read_text(client: MlflowClient, run: Run, name: str) -> str | None:
+    folder = _local_folder(run.info.artifact_uri or "")
+    if folder is not None:
+        file = folder / name
+        return file.read_text() if file.exists() else None
+    if not any(artifact.path == name for artifact in client.list_artifacts(run.info.run_id)):
+        return None
+    with tempfile.TemporaryDirectory() as target:
+        return Path(client.download_artifacts(run.info.run_id, name, target)).read_text()
+
+
+def _user_tags() -> dict[str, str]:
+    import getpass
+
+    try:
+        return {"mlflow.user": getpass.getuser()}
+    except (KeyError, OSError):  # a container whose user id has no name
+        return {}
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

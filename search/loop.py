@@ -1,0 +1,338 @@
+"""The loop of a phase: ask, screen, submit, record, until the asked number of trials is complete.
+
+    ask      a trial adopted from a driver that was lost, else a new one from the strategy
+    screen   illegal -> FAIL; over budget -> PRUNED with its constraint; measured before -> told the same again
+    submit   to the pool, never more jobs than it has room for
+    record   outcome.json in the workdir, then MLflow, then Optuna: whatever the order of crashes, the next start can
+             tell from the earlier ledger what the later one lacks
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from results.records import DETERMINISTIC_FAILURES, Failure, Measurement, Outcome, outcome_from_json, outcome_to_json, write_json_atomically
+from results.tracking import Tracker, TrialRecord
+from search.lock import Hold
+from search.progress import Progress, Status
+from search.strategy import Proposer
+from search.study import RESULT_ATTRIBUTE, Phase
+from space.registry import SpecError
+from space.search_space import Candidate
+from workers.evaluate import Job, evaluate
+from workers.pool import Finished, Pool
+
+POLL_S = 0.5
+MAX_FAILURES_IN_A_ROW = 10
+MAX_REJECTED_IN_A_ROW = 200
+OUTCOME_FILE = "outcome.json"
+
+
+class PhaseStopped(RuntimeError):
+    """The phase cannot go on by itself; the message says why. What was measured is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """How the trials of a phase are measured, beside the evaluators: what every job of it shares."""
+
+    seed: int
+    data: str
+    data_fingerprint: str
+    workdir: Callable[[int], Path]
+    gpus: float = 0.0
+    time_limit_s: float | None = None
+
+    def job(self, number: int, candidate: Candidate, phase: Phase) -> Job:
+        return Job(
+            trial=number,
+            candidate=candidate,
+            calls=phase.evaluators,
+            seed=self.seed,
+            data=self.data,
+            data_fingerprint=self.data_fingerprint,
+            workdir=self.workdir(number),
+            gpus=self.gpus,
+            time_limit_s=self.time_limit_s,
+        )
+
+
+@dataclass
+class _Asked:
+    """A trial that was asked for and is not told yet."""
+
+    trial: optuna.Trial
+    job: Job
+    record: TrialRecord
+
+
+@dataclass(kw_only=True)
+class PhaseLoop:
+    """Runs one phase of the study called `study_name` to its end; made for one `run()`."""
+
+    study_name: str
+    phase: Phase
+    study: optuna.Study
+    measuring: Measuring
+    pool: Pool
+    tracker: Tracker
+    progress: Progress
+    hold: Hold
+    proposer: Proposer | None = None
+    _running: dict[int, _Asked] = field(default_factory=dict)
+    _followers: dict[str, list[_Asked]] = field(default_factory=dict)
+    _adopted: deque[optuna.Trial] = field(default_factory=deque)
+    _again: deque[_Asked] = field(default_factory=deque)
+    _known: dict[str, tuple[int, Outcome]] = field(default_factory=dict)
+    _counts: dict[TrialState, int] = field(default_factory=dict)
+    _best: dict[str, float] = field(default_factory=dict)
+    _failures_in_a_row: int = 0
+    _rejected_in_a_row: int = 0
+    _proposals_ended: bool = False
+    _warned: set[str] = field(default_factory=set)
+
+    def run(self) -> None:
+        """Run until the phase is complete.
+
+        Raises PhaseStopped after too many failures or rejected proposals in a row.
+        """
+        self._read_ledger()
+        while True:
+            self._fill()
+            if not (self._running or self._again):
+                break
+            self._show()
+            for event in self.pool.poll(POLL_S):
+                if event.trial not in self._running:
+                    continue
+                if isinstance(event, Finished):
+                    self._finish(event.trial, event.outcome)
+                else:
+                    self.tracker.report(self._running[event.trial].record, event.name, event.value, event.step)
+            self.hold.renew()
+        self._show(final=True)
+
+    def _read_ledger(self) -> None:
+        for told in self.study.get_trials(deepcopy=False):
+            if told.state == TrialState.RUNNING:
+                self._adopted.append(optuna.Trial(self.study, told._trial_id))
+            elif told.state.is_finished():
+                self._counts[told.state] = self._counts.get(told.state, 0) + 1
+                self._note_best(told.values)
+                if stored := _read_outcome(self.measuring.workdir(told.number)):
+                    self._remember(*stored, told.number)
+
+    def _fill(self) -> None:
+        """Ask for and submit trials until the pool is full or nothing more is wanted."""
+        while len(self._running) < self.pool.capacity():
+            self._show()
+            if self._again:
+                self._submit(self._again.popleft())
+            elif self._adopted:
+                self._start(self._adopted.popleft(), is_adopted=True)
+            elif self._num_in_flight() < 2 * self.pool.capacity() and self._wants_more():
+                self._start(self.study.ask(), is_adopted=False)
+            else:
+                return
+
+    def _num_in_flight(self) -> int:
+        return len(self._running) + sum(map(len, self._followers.values())) + len(self._again) + len(self._adopted)
+
+    def _wants_more(self) -> bool:
+        if self.proposer is None:
+            assert self.phase.num_trials is not None
+            return self._counts.get(TrialState.COMPLETE, 0) + self._num_in_flight() < self.phase.num_trials
+        if self._proposals_ended:
+            return False
+        if self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            return True
+        if self._num_in_flight():
+            return False
+        batch = self.proposer.next_batch(self.study)
+        for params in batch or ():
+            self.study.enqueue_trial(dict(params))
+        self._proposals_ended = not batch
+        return not self._proposals_ended
+
+    def _start(self, trial: optuna.Trial, *, is_adopted: bool) -> None:
+        try:
+            candidate = self.phase.space.decode(self.phase.space.suggest(trial))
+            excess = self.phase.budget.excess(candidate)
+        except SpecError as error:
+            self._fail_unrecorded(trial, error)
+            return
+        for name, over in excess.items():
+            trial.set_constraint(name, over)
+        if any(over > 0 for over in excess.values()):
+            self._reject(trial)
+            return
+        self._rejected_in_a_row = 0
+        asked = self._asked(trial, candidate)
+        if is_adopted and (outcome := self._outcome_of_lost_driver(asked)) is not None:
+            self.tracker.open(asked.record)
+            self._tell(asked, outcome)
+        elif asked.job.key in self._known:
+            self._repeat(asked)
+        elif any(running.job.key == asked.job.key for running in self._running.values()):
+            self._followers.setdefault(asked.job.key, []).append(asked)
+        else:
+            self._submit(asked)
+
+    def _asked(self, trial: optuna.Trial, candidate: Candidate) -> _Asked:
+        record = TrialRecord(
+            study=self.study_name,
+            phase=self.phase.name,
+            number=trial.number,
+            label=candidate.label,
+            digest=candidate.model.digest,
+            params=trial.params,
+            candidate=candidate.to_json(),
+            proxy_digest=candidate.proxy.digest if candidate.proxy else None,
+            reused_from=None,
+        )
+        return _Asked(trial, self.measuring.job(trial.number, candidate, self.phase), record)
+
+    def _submit(self, asked: _Asked) -> None:
+        self.tracker.open(asked.record)
+        self._running[asked.trial.number] = asked
+        self.pool.submit(asked.job)
+
+    def _finish(self, number: int, outcome: Outcome) -> None:
+        asked = self._running.pop(number)
+        followers = self._followers.pop(asked.job.key, [])
+        self._tell(asked, outcome)
+        for follower in followers:
+            if asked.job.key in self._known:
+                self._repeat(follower)
+            else:
+                self._again.append(follower)
+
+    def _repeat(self, asked: _Asked) -> None:
+        """Tell a trial what an equal one measured."""
+        first, outcome = self._known[asked.job.key]
+        asked.record = asked.record.as_reuse_of(first)
+        self.tracker.open(asked.record)
+        self._tell(asked, outcome)
+
+    def _outcome_of_lost_driver(self, asked: _Asked) -> Outcome | None:
+        stored = _read_outcome(asked.job.workdir)
+        if stored and stored[0] == asked.job.key:
+            return stored[1]
+        return self.tracker.finished_outcome(self.phase.name, asked.trial.number)
+
+    def _tell(self, asked: _Asked, outcome: Outcome) -> None:
+        key = asked.job.key
+        write_json_atomically(
+            asked.job.workdir / OUTCOME_FILE, {"key": key, "candidate": asked.record.candidate, **outcome_to_json(outcome)}
+        )
+        self.tracker.record(asked.record, outcome)
+        self._remember(key, outcome, asked.trial.number)
+        identity = {"digest": asked.record.digest, "label": asked.record.label}
+        if isinstance(outcome, Measurement):
+            asked.trial.set_user_attr(RESULT_ATTRIBUTE, {**identity, **outcome.values})
+            values = [outcome.values[name] for name in self.phase.objectives]
+            self.study.tell(asked.trial, values)
+            self._note_best(values)
+            self._count(TrialState.COMPLETE)
+            self._failures_in_a_row = 0
+            for warning in outcome.warnings:
+                self._warn_once(warning)
+        else:
+            asked.trial.set_user_attr(RESULT_ATTRIBUTE, {**identity, "failure": outcome.kind, "message": outcome.message})
+            self.study.tell(asked.trial, state=TrialState.FAIL)
+            self._count(TrialState.FAIL)
+            self.progress.say(f"trial {asked.trial.number} failed ({outcome.kind}): {outcome.message}")
+            self._stop_after_failures(outcome)
+
+    def _fail_unrecorded(self, trial: optuna.Trial, error: SpecError) -> None:
+        trial.set_user_attr(RESULT_ATTRIBUTE, {"failure": "illegal", "message": str(error)})
+        self.study.tell(trial, state=TrialState.FAIL)
+        self._count(TrialState.FAIL)
+        self._stop_after_failures(Failure(kind="illegal", message=str(error)))
+
+    def _stop_after_failures(self, last: Failure) -> None:
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+            raise PhaseStopped(
+                f"{self.study.study_name} stopped after {self._failures_in_a_row} failures in a row; the last:\n{last.traceback or last.message}"
+            )
+
+    def _reject(self, trial: optuna.Trial) -> None:
+        self.study.tell(trial, state=TrialState.PRUNED)
+        self._count(TrialState.PRUNED)
+        self._rejected_in_a_row += 1
+        if self._rejected_in_a_row >= MAX_REJECTED_IN_A_ROW:
+            raise PhaseStopped(
+                f"{self.study.study_name} stopped: {self._rejected_in_a_row} proposals in a row were over budget ({self.phase.budget}); "
+                "raise the budget or use another --strategy"
+            )
+
+    def _remember(self, key: str, outcome: Outcome, number: int) -> None:
+        if isinstance(outcome, Measurement) or outcome.kind in DETERMINISTIC_FAILURES:
+            self._known.setdefault(key, (number, outcome))
+
+    def _count(self, state: TrialState) -> None:
+        self._counts[state] = self._counts.get(state, 0) + 1
+
+    def _note_best(self, values: list[float] | None) -> None:
+        for metric, value in zip(self.phase.goals, values or (), strict=False):
+            better = max if metric.goal == "maximize" else min
+            self._best[metric.name] = better(value, self._best.get(metric.name, value))
+
+    def _warn_once(self, warning: str) -> None:
+        if warning not in self._warned:
+            self._warned.add(warning)
+            self.progress.say(f"warning: {warning}")
+
+    def _show(self, *, final: bool = False) -> None:
+        status = Status(
+            title=self.study.study_name,
+            complete=self._counts.get(TrialState.COMPLETE, 0),
+            total=self.phase.num_trials,
+            running=len(self._running),
+            failed=self._counts.get(TrialState.FAIL, 0),
+            pruned=self._counts.get(TrialState.PRUNED, 0),
+            best=", ".join(f"{name} {value:.4g}" for name, value in self._best.items()),
+        )
+        self.progress.show(status, final=final)
+
+
+def make_objective(phase: Phase, measuring: Measuring) -> Callable[[optuna.Trial], float | tuple[float, ...]]:
+    """The phase as an objective for `study.optimize`: evaluates in this process, prunes what is over budget.
+
+    Raises EvaluationFailed, which `optimize(catch=...)` may be told to survive.
+    """
+
+    def objective(trial: optuna.Trial) -> float | tuple[float, ...]:
+        candidate = phase.space.decode(phase.space.suggest(trial))
+        for name, over in phase.budget.excess(candidate).items():
+            trial.set_constraint(name, over)
+            if over > 0:
+                raise optuna.TrialPruned(f"over {name} by {over:g}")
+        outcome = evaluate(measuring.job(trial.number, candidate, phase))
+        if isinstance(outcome, Failure):
+            raise EvaluationFailed(f"{outcome.kind}: {outcome.message}")
+        trial.set_user_attr(RESULT_ATTRIBUTE, {"digest": candidate.model.digest, "label": candidate.label, **outcome.values})
+        values = tuple(outcome.values[name] for name in phase.objectives)
+        return values if len(values) > 1 else values[0]
+
+    return objective
+
+
+class EvaluationFailed(RuntimeError):
+    """A candidate could not be measured; the message says why."""
+
+
+def _read_outcome(workdir: Path) -> tuple[str, Outcome] | None:
+    try:
+        data: Mapping = json.loads((workdir / OUTCOME_FILE).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return data["key"], outcome_from_json({name: value for name, value in data.items() if name not in ("key", "candidate")})

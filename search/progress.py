@@ -1,0 +1,82 @@
+"""One line that says where a phase stands: rewritten in place on a terminal, printed now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
+
+REDRAW_S = 0.2
+LOG_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Counts of a phase's trials; `total` is None where a proposer decides the end, `best` words for the best so far."""
+
+    title: str
+    complete: int
+    total: int | None
+    running: int
+    failed: int = 0
+    pruned: int = 0
+    best: str = ""
+
+
+class Progress:
+    """Shows a `Status` that changes; rate and ETA come from the trials completed since this process began the phase."""
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+        self._stream = stream or sys.stdout
+        self._clock = clock
+        self._is_terminal = self._stream.isatty()
+        self._title: str | None = None
+        self._shown_at = float("-inf")
+        self._shown = ""
+
+    def show(self, status: Status, *, final: bool = False) -> None:
+        """Show `status` if it is due; `final` always shows it and ends the line."""
+        now = self._clock()
+        if status.title != self._title:
+            self._title, self._began_at, self._began_complete = status.title, now, status.complete
+            self._shown_at, self._shown = float("-inf"), ""
+        interval = REDRAW_S if self._is_terminal else LOG_EVERY_S
+        line = self._line(status, now)
+        if final or (now - self._shown_at >= interval and line != self._shown):
+            self._write(line, final)
+            self._shown_at, self._shown = now, line
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the status."""
+        self._stream.write(f"\r\x1b[K{text}\n" if self._is_terminal else f"{text}\n")
+        self._stream.flush()
+
+    def _write(self, line: str, final: bool) -> None:
+        if self._is_terminal:
+            self._stream.write(f"\r\x1b[K{line}" + ("\n" if final else ""))
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def _line(self, status: Status, now: float) -> str:
+        total = "" if status.total is None else f"/{status.total}"
+        counts = [f"{status.complete}{total} done", f"{status.running} running"]
+        counts += [f"{status.failed} failed"] if status.failed else []
+        counts += [f"{status.pruned} over budget"] if status.pruned else []
+        elapsed, done = now - self._began_at, status.complete - self._began_complete
+        pace = []
+        if done > 0 and elapsed > 0:
+            rate = done / elapsed
+            pace.append(f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min")
+            if status.total is not None and status.complete < status.total:
+                pace.append(f"ETA {_duration((status.total - status.complete) / rate)}")
+        fields = [", ".join(counts), f"best {status.best}" if status.best else "", *pace, f"{_duration(elapsed)} elapsed"]
+        return f"{status.title}  " + " | ".join(field for field in fields if field)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,293 @@
+#!/usr/bin/env python3
+"""The command line of vitscale: run a study, list what there is, describe or evaluate one model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from results.paths import RunPaths, default_runs
+from search.study import RunSettings, studies
+from space import catalog
+from space.component import KINDS, components
+from space.registry import SpecError, unknown_name
+
+USAGE = """\
+usage: search/run.py STUDY [flags]                        run or resume a study (--help lists the flags)
+       search/run.py list                                 studies, models, components, evaluators, strategies
+       search/run.py describe MODEL [--json]              digest, parameters and MACs, total and per part
+       search/run.py evaluate MODEL --evaluators A,B ...  measure one model now, without a study
+
+MODEL is a catalogue name (deit_small), a method's string (as_vit:8,2,3|4,1,2|4,1,4|4,1,6|32), the path of a spec's
+JSON, or the digest of a leaderboard entry.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command in `argv`; returns the exit status: 2 for a user's mistake, 1 when the work itself failed."""
+    argv = sys.argv[1:] if argv is None else argv
+    # Ray and MLflow report usage over the network unless told not to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE + f"\nstudies: {', '.join(studies.names())}")
+        return 0 if argv else 2
+    commands = {"list": _list, "describe": _describe, "evaluate": _evaluate}
+    try:
+        if argv[0] in commands:
+            return commands[argv[0]](argv[1:])
+        if argv[0] not in studies.names():
+            raise unknown_name("study or command", argv[0], [*studies.names(), *commands])
+        return _study(argv[0], argv[1:])
+    except ValueError as error:
+        if os.environ.get("VITSCALE_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone; pointing stdout elsewhere keeps the interpreter's exit quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _list(argv: list[str]) -> int:
+    argparse.ArgumentParser(prog="search/run.py list", description="What there is, one line each.").parse_args(argv)
+    from search.strategy import strategies
+    from workers.evaluator import evaluators
+
+    sections: dict[str, dict[str, str]] = {
+        "studies": {name: studies.summary(name) for name in studies.names()},
+        "models": {name: catalog.summary(name) for name in catalog.names()},
+        "components": {f"{kind} {name}": components.summary(kind, name) for kind in KINDS for name in components.names(kind)},
+        "evaluators": {name: evaluators.summary(name) for name in evaluators.names()},
+        "strategies": {name: strategies.summary(name) for name in strategies.names()},
+    }
+    for title, rows in sections.items():
+        print(f"{title}:")
+        for name, summary in rows.items():
+            print(f"  {name:28} {summary}")
+    return 0
+
+
+def _describe(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="search/run.py describe", description="Exact counts of one model, for one image.")
+    _add_model(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    args = parser.parse_args(argv)
+    from space.cost import cost, cost_by_part
+
+    spec = resolve_model(args.model, args)
+    total, parts = cost(spec), {path: counted._asdict() for path, counted in cost_by_part(spec).items()}
+    if args.json:
+        print(json.dumps({"digest": spec.digest, **total._asdict(), "parts": parts, "spec": spec.to_json()}))
+        return 0
+    print(f"digest {spec.digest}   {spec.img_size} px, depth {spec.depth}, {spec.num_classes} classes")
+    print(f"{'part':40} {'params':>14} {'macs':>18} {'fvcore_macs':>18}")
+    for path, counted in {**parts, "total": total._asdict()}.items():
+        print(f"{path:40} {counted['params']:>14,} {counted['macs']:>18,} {counted['fvcore_macs']:>18,}")
+    return 0
+
+
+def _evaluate(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="search/run.py evaluate", description="Measure one model now, without a study.")
+    _add_model(parser)
+    parser.add_argument("--evaluators", required=True, metavar="A,B", help="names, separated by commas")
+    parser.add_argument("--threads", type=_positive_int, default=1, help="CPU threads (default 1); they decide a score's last bits")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_measuring_flags(parser)
+    args = parser.parse_args(argv)
+    from results.records import Failure
+    from space.search_space import Candidate
+    from workers.data import check_source, fingerprint
+    from workers.evaluate import Job, evaluate
+
+    settings = _run_settings("evaluate", args)
+    calls = tuple(settings.call(name.strip()) for name in args.evaluators.split(","))
+    _refuse_settings_of_others(settings, [call.name for call in calls])
+    if any(call.evaluator.uses_data for call in calls):
+        check_source(args.data)
+    spec = resolve_model(args.model, args)
+    job = Job(
+        trial=0,
+        candidate=Candidate(model=spec),
+        calls=calls,
+        seed=args.seed,
+        data=args.data,
+        data_fingerprint=fingerprint(args.data),
+        workdir=Path(),
+        num_threads=args.threads,
+        gpus=args.gpus,
+    )
+    outcome = evaluate(job)
+    if isinstance(outcome, Failure):
+        print(outcome.traceback, file=sys.stderr) if outcome.kind == "error" else None
+        print(f"failed ({outcome.kind}): {outcome.message}", file=sys.stderr)
+        return 1
+    for warning in outcome.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    result: dict[str, Any] = {
+        "digest": spec.digest,
+        "values": dict(outcome.values),
+        "elapsed_s": outcome.elapsed_s,
+        "device": outcome.device,
+        "versions": dict(outcome.versions),
+        "seed": outcome.seed,
+    }
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(f"digest {spec.digest}   {outcome.device}, seed {outcome.seed}, {outcome.elapsed_s:.1f} s")
+        for name, value in outcome.values.items():
+            print(f"  {name:32} {value:.6g}")
+    return 0
+
+
+def _study(study: str, argv: list[str]) -> int:
+    settings, args = parse_study(study, argv)
+    from search.service import Interrupted, PhaseStopped, run_study
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run_study(settings, fresh=args.fresh, max_workers=args.workers, ray_address=_ray_address(args.ray_address), command=_command())
+    except PhaseStopped as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Namespace]:
+    """The run-level settings in the flags of `search/run.py STUDY`, and the flags themselves."""
+    parser = argparse.ArgumentParser(
+        prog=f"search/run.py {study}",
+        description=f"{studies.summary(study)} Running the same command again resumes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--name", metavar="NAME", help="name of the study in Optuna and MLflow, if not that of the method")
+    parser.add_argument("--trials", type=_positive_int, metavar="N", help="trials to complete in the phases that count them")
+    parser.add_argument("--img-size", type=_positive_int, metavar="PX", help="image size of the reported networks")
+    parser.add_argument("--proxy-img-size", type=_positive_int, metavar="PX", help="image size at which networks are scored")
+    parser.add_argument("--max-params-m", type=_positive_float, metavar="M", help="budget: millions of parameters")
+    parser.add_argument("--max-gmacs", type=_positive_float, metavar="G", help="budget: billions of multiply-adds")
+    parser.add_argument("--strategy", metavar="NAME", help="what proposes trials; see search/run.py list")
+    _add_measuring_flags(parser)
+    parser.add_argument("--time-limit-s", type=_positive_float, metavar="S", help="a trial that takes longer is cancelled and failed")
+    parser.add_argument("--workers", type=_positive_int, metavar="N", help="most trials in flight; default: what the cluster holds")
+    parser.add_argument("--ray-address", metavar="A", help="'local', 'auto' or HOST:PORT; default: the job's cluster, else local")
+    parser.add_argument("--runs", metavar="DIR", help="folder of all results; default: ./runs, in a Ray job ~/vitscale/runs")
+    parser.add_argument("--storage", metavar="URL", help="Optuna storage: journal file, database URL or grpc://HOST:PORT")
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow tracking server or store")
+    parser.add_argument("--fresh", action="store_true", help="set the old study aside under a dated name and begin anew")
+    args = parser.parse_args(argv)
+    return _run_settings(study, args), args
+
+
+def resolve_model(text: str, args: argparse.Namespace):
+    """The spec that `text` names: of the catalogue, a method's string, a file, or a leaderboard entry by its digest."""
+    if len(text) >= 6 and all(letter in "0123456789abcdef" for letter in text) and text not in catalog.names():
+        from results.tracking import find_candidate
+        from space.spec import ArchSpec
+
+        uri = args.tracking_uri or RunPaths(_runs_folder(args.runs)).mlflow_uri
+        candidate = find_candidate(uri, text)
+        if candidate is None:
+            raise SpecError(f"no leaderboard entry has the digest {text!r} in {uri}; --runs or --tracking-uri name another store")
+        return ArchSpec.from_json(candidate["model"])
+    return catalog.resolve(text)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="catalogue name, method's string, path of a spec's JSON, or digest")
+    parser.add_argument("--runs", metavar="DIR", help="where to look a digest up; default: ./runs")
+    parser.add_argument("--tracking-uri", metavar="URI", help="where to look a digest up instead")
+
+
+def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="of weights, curves, images and strategies")
+    parser.add_argument("--data", default="digits", metavar="SOURCE", help="images: digits, folder:PATH or tar:PATH")
+    parser.add_argument("--gpus", type=float, default=0.0, metavar="N", help="GPUs per trial; above 0 measures on the GPU")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="E.FIELD=VALUE", help="a setting of an evaluator, e.g. as_vit.num_repeats=3"
+    )
+
+
+def _run_settings(study: str, args: argparse.Namespace) -> RunSettings:
+    chosen: dict[str, dict[str, str]] = {}
+    for assignment in args.set:
+        place, equals, value = assignment.partition("=")
+        name, dot, field = place.partition(".")
+        if not (equals and dot and name and field):
+            raise SpecError(f"--set {assignment!r} is malformed; EVALUATOR.FIELD=VALUE is expected, e.g. as_vit.num_repeats=3")
+        chosen.setdefault(name, {})[field] = value
+    flags = {name: getattr(args, name, None) for name in RunSettings.__dataclass_fields__}
+    known = {name: value for name, value in flags.items() if value is not None}
+    return RunSettings(
+        **{
+            **known,
+            "study": study,
+            "runs": _runs_folder(args.runs),
+            "num_trials": getattr(args, "trials", None),
+            "data": _absolute_source(args.data),
+            "evaluator_settings": chosen,
+        }
+    )
+
+
+def _refuse_settings_of_others(settings: RunSettings, names: list[str]) -> None:
+    for name in settings.evaluator_settings:
+        if name not in names:
+            raise unknown_name("evaluator", name, names, "--set")
+
+
+def _absolute_source(source: str) -> str:
+    scheme, colon, path = source.partition(":")
+    return f"{scheme}:{Path(path).expanduser().resolve()}" if colon and path else source
+
+
+def _runs_folder(flag: str | None) -> Path:
+    """Where results go, absolute; inside a Ray job the current directory is a copy whose name changes with every edit."""
+    in_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if in_ray_job and flag and not Path(flag).expanduser().is_absolute():
+        raise SpecError(f"--runs {flag!r} is relative, but a Ray job runs in a throw-away copy of its folder: give an absolute path")
+    if flag:
+        return Path(flag).expanduser().absolute()
+    if in_ray_job:
+        return Path(os.environ.get("VITSCALE_RUNS") or "~/vitscale/runs").expanduser().absolute()
+    return default_runs(os.environ)
+
+
+def _ray_address(flag: str | None) -> str:
+    # Ray gives a job's driver the address of the cluster it was submitted to.
+    return flag or ("auto" if "RAY_ADDRESS" in os.environ else "local")
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["search/run.py", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

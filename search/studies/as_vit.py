@@ -1,0 +1,84 @@
+"""Auto-scaling Vision Transformers without Training (As-ViT), https://arxiv.org/abs/2202.11921, sections 3 and 4.
+
+    search/run.py as_vit --trials 200
+
+Phase `topology` searches the 4,556,250 seed topologies by two scores of the untrained network: expected length
+distortion (higher is better) and NTK condition number (lower is better). Phase `growth` scales the best of them in
+depth and width, scoring a narrow proxy of every candidate, into a family of networks up to `--max-params-m`.
+
+Where this deviates from the released code: the seed topology is the best measured one, by the sum of its ranks under
+both scores, instead of the arg-max of a policy that may never have been measured; growth begins with the seed itself;
+ties are broken in the right direction; and the scores are the corrected ones of `workers/evaluators/as_vit.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from results.records import Metric
+from search.study import Budget, Phase, RunSettings, SettingsError, Study, study
+from space.as_vit import TOPOLOGY_AXES, growth_space, topology_space
+
+if TYPE_CHECKING:
+    import optuna
+
+SCORES = ("length_distortion", "ntk_condition")
+NUM_CLASSES = 1000
+DEFAULT_MAX_PARAMS_M = 100.0
+
+
+@study("as_vit")
+def as_vit(run: RunSettings) -> Study:
+    """Search a seed topology without training, then grow it in width and depth (As-ViT)."""
+    sizes = {"img_size": run.img_size or 224, "proxy_img_size": run.proxy_img_size or run.img_size or 224, "num_classes": NUM_CLASSES}
+    evaluators = (run.call("as_vit"), run.call("as_vit_closed_form"), run.call("cost"))
+    max_params_m = DEFAULT_MAX_PARAMS_M if run.max_params_m is None else run.max_params_m
+    topology = Phase(
+        name="topology",
+        space=topology_space(**sizes),
+        evaluators=evaluators,
+        objectives=SCORES,
+        budget=Budget(max_params_m=run.max_params_m, max_gmacs=run.max_gmacs),
+        strategy=run.strategy or "policy_gradient",
+        num_trials=run.num_trials or 200,
+    )
+
+    def propose(phases: Mapping[str, optuna.Study]):
+        from search.strategies.growth import Growth
+
+        seed = best_by_rank_sum(phases["topology"], topology.goals)
+        return Growth(
+            space=growth.space,
+            topology={axis: seed.params[axis] for axis in TOPOLOGY_AXES},
+            max_params=round(max_params_m * 1e6),
+            objectives=growth.goals,
+        )
+
+    growth = Phase(
+        name="growth",
+        space=growth_space(**sizes),
+        evaluators=evaluators,
+        objectives=SCORES,
+        budget=Budget(max_params_m=max_params_m, max_gmacs=run.max_gmacs),
+        propose=propose,
+    )
+    return Study(phases=(topology, growth))
+
+
+def best_by_rank_sum(studied: optuna.Study, goals: tuple[Metric, ...]) -> optuna.trial.FrozenTrial:
+    """The complete trial whose ranks over the objectives add up to the least, the earliest of equals.
+
+    Raises SettingsError if no trial is complete.
+    """
+    from optuna.trial import TrialState
+    from scipy.stats import rankdata
+
+    trials = studied.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not trials:
+        raise SettingsError(f"{studied.study_name} has no complete trial to go on from")
+    ranks = sum(
+        rankdata([(-1 if goal.goal == "maximize" else 1) * trial.values[index] for trial in trials], method="dense")
+        for index, goal in enumerate(goals)
+    )
+    return trials[int(ranks.argmin())]

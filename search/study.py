@@ -1,0 +1,243 @@
+"""What a study is: phases over search spaces, each one Optuna study, and the run-level settings they are made with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from results.records import Metric
+from search.strategy import Proposer, strategies
+from space.registry import Registry, SpecError
+from space.search_space import Candidate, SearchSpace
+from workers.evaluator import Call, evaluators
+
+if TYPE_CHECKING:
+    import optuna
+
+SETTINGS_ATTRIBUTE = "settings"
+RESULT_ATTRIBUTE = "result"
+
+
+class SettingsError(ValueError):
+    """A run-level setting that cannot work, or that differs from what the study was created with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What changes from run to run. None leaves the choice to the study.
+
+    `img_size` is that of the reported networks and `proxy_img_size` that at which they are scored, both in pixels.
+    `evaluator_settings` holds `--set evaluator.field=text` as `{evaluator: {field: text}}`.
+    """
+
+    study: str
+    runs: Path
+    name: str | None = None
+    num_trials: int | None = None
+    seed: int = 0
+    img_size: int | None = None
+    proxy_img_size: int | None = None
+    data: str = "digits"
+    max_params_m: float | None = None
+    max_gmacs: float | None = None
+    strategy: str | None = None
+    evaluator_settings: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    gpus: float = 0.0
+    time_limit_s: float | None = None
+    storage: str | None = None
+    tracking_uri: str | None = None
+
+    @property
+    def study_name(self) -> str:
+        return self.name or self.study
+
+    def call(self, evaluator: str) -> Call:
+        """The evaluator with this run's settings for it; raises SpecError for a setting it does not have."""
+        return Call(evaluator, evaluators.get(evaluator).parse_settings(self.evaluator_settings.get(evaluator, {})))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a reported network may cost; None is no limit."""
+
+    max_params_m: float | None = None
+    max_gmacs: float | None = None
+
+    def excess(self, candidate: Candidate) -> dict[str, float]:
+        """Per limit, by how much the network is over it (negative: under); empty without limits."""
+        from space.cost import cost
+
+        if self.max_params_m is None and self.max_gmacs is None:
+            return {}
+        counted = cost(candidate.model)
+        over = {}
+        if self.max_params_m is not None:
+            over["max_params_m"] = counted.params / 1e6 - self.max_params_m
+        if self.max_gmacs is not None:
+            over["max_gmacs"] = counted.macs / 1e9 - self.max_gmacs
+        return over
+
+    def check_reachable(self, space: SearchSpace) -> None:
+        """Raise SettingsError if the cheapest network of the space is over a limit."""
+        for limit in ("max_params_m", "max_gmacs"):
+            if getattr(self, limit) is None:
+                continue
+            alone = dataclasses.replace(Budget(), **{limit: getattr(self, limit)})
+            excess, params = cheapest(space, lambda candidate, alone=alone, limit=limit: alone.excess(candidate)[limit])
+            if excess > 0:
+                least = getattr(self, limit) + excess
+                flag = f"--{limit.replace('_', '-')}"
+                raise SettingsError(
+                    f"{flag} {getattr(self, limit):g} is below the cheapest network of space {space.name!r}, which needs {least:.3g}"
+                    f" ({space.decode(params).label})"
+                )
+
+
+def cheapest(space: SearchSpace, price: Callable[[Candidate], float]) -> tuple[float, dict[str, Any]]:
+    """The lowest price in the space and where it is paid, one axis at a time.
+
+    Exact where the axes' effects on the price do not change sign with one another, as with parameters and MACs.
+    """
+    params = next(space.points())
+    best = price(space.decode(params))
+    improved = True
+    while improved:
+        improved = False
+        for axis in space.axes:
+            for value in axis.choices:
+                moved = next(iter(_completed(space, {**params, axis.name: value})))
+                if (candidate_price := price(space.decode(moved))) < best:
+                    best, params, improved = candidate_price, moved, True
+    return best, params
+
+
+def _completed(space: SearchSpace, wanted: Mapping[str, Any]):
+    """`wanted` with axes it deactivates left out and axes it activates at their first choice."""
+    params: dict[str, Any] = {}
+    for axis in space.axes:
+        if axis.is_active(params):
+            params[axis.name] = wanted.get(axis.name, axis.choices[0])
+    yield params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One Optuna study: a space, what is measured, what counts, and what decides what to try next.
+
+    Either a `strategy` proposes `num_trials` trials one by one, or `propose` makes a proposer that works in rounds and
+    ends by itself, from what the earlier phases found.
+    """
+
+    name: str
+    space: SearchSpace
+    evaluators: tuple[Call, ...]
+    objectives: tuple[str, ...]
+    budget: Budget = Budget()
+    strategy: str | None = None
+    num_trials: int | None = None
+    propose: Callable[[Mapping[str, optuna.Study]], Proposer] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.strategy is None) == (self.propose is None):
+            raise SpecError(f"phase {self.name!r} needs either a strategy or a proposer")
+        if (self.strategy is None) != (self.num_trials is None):
+            raise SpecError(f"phase {self.name!r}: a strategy needs num_trials, a proposer ends by itself")
+        missing = [name for name in self.objectives if name not in self.metrics]
+        if missing:
+            raise SpecError(f"phase {self.name!r}: no evaluator measures {', '.join(missing)}")
+
+    @cached_property
+    def metrics(self) -> dict[str, Metric]:
+        return {metric.name: metric for call in self.evaluators for metric in call.evaluator.metrics}
+
+    @property
+    def goals(self) -> tuple[Metric, ...]:
+        """The objectives with the direction that is better."""
+        return tuple(self.metrics[name] for name in self.objectives)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Phases in the order they run; a phase may read what earlier ones found."""
+
+    phases: tuple[Phase, ...]
+
+    def phase(self, name: str) -> Phase:
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise SpecError(f"no phase {name!r}; phases: {', '.join(phase.name for phase in self.phases)}")
+
+
+studies: Registry[Callable[[RunSettings], Study]] = Registry("study", package="search.studies")
+
+
+def study(name: str) -> Callable[[Callable[[RunSettings], Study]], Callable[[RunSettings], Study]]:
+    """Register a function `(RunSettings) -> Study` as the study `name`."""
+    return lambda make: studies.add((name,), make)
+
+
+def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dict[str, Any]:
+    """What a phase's measurements depend on: stored with its Optuna study and compared when it is opened again."""
+    uses_data = any(call.evaluator.uses_data for call in phase.evaluators)
+    example = phase.space.decode(next(phase.space.points()))
+    return {
+        "space": phase.space.to_json(),
+        "objectives": [[metric.name, metric.goal] for metric in phase.goals],
+        "evaluators": [call.to_json() for call in phase.evaluators],
+        "img_size": example.model.img_size,
+        "proxy_img_size": example.scored.img_size,
+        "data": data_fingerprint if uses_data else None,
+        "seed": run.seed,
+    }
+
+
+def open_phase(name: str, phase: Phase, run: RunSettings, data_fingerprint: str, storage: optuna.storages.BaseStorage) -> optuna.Study:
+    """The phase's Optuna study, created or resumed.
+
+    Raises SettingsError naming every difference when it was created with other settings.
+    """
+    import optuna
+
+    wanted = phase_settings(phase, run, data_fingerprint)
+    opened = optuna.create_study(
+        study_name=name,
+        storage=storage,
+        directions=[metric.goal for metric in phase.goals],
+        sampler=make_sampler(phase, run.seed),
+        load_if_exists=True,
+    )
+    stored = opened.user_attrs.get(SETTINGS_ATTRIBUTE)
+    if stored is None:
+        opened.set_metric_names(list(phase.objectives))
+        opened.set_user_attr(SETTINGS_ATTRIBUTE, wanted)
+    elif differences := list(_differences(stored, wanted)):
+        raise SettingsError(
+            f"study {name!r} was created with other settings: {'; '.join(differences)}. "
+            "Run it with the settings it has, under another --name, or begin anew with --fresh (the old study is kept)"
+        )
+    return opened
+
+
+def make_sampler(phase: Phase, seed: int) -> optuna.samplers.BaseSampler:
+    return strategies.get(phase.strategy or "random")(phase.space, phase.goals, seed)
+
+
+def _differences(stored: Any, wanted: Any, where: str = ""):
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        for key in sorted(stored.keys() | wanted.keys()):
+            yield from _differences(stored.get(key), wanted.get(key), f"{where}.{key}" if where else key)
+    elif isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted):
+        for index, pair in enumerate(zip(stored, wanted, strict=True)):
+            yield from _differences(*pair, f"{where}[{index}]")
+    elif stored != wanted:
+        yield f"{where} was {_short(stored)}, now {_short(wanted)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

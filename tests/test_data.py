@@ -1,0 +1,165 @@
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from workers.data import IMAGENET_MEAN, IMAGENET_STD, check_source, fingerprint, load_images
+
+
+def picture(seed, file_format="JPEG", size=(40, 30)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images in class folders, one beside them, and a file that is none."""
+    root = tmp_path / "images"
+    for label in ("cat", "dog"):
+        (root / label).mkdir(parents=True)
+        for index in range(6):
+            (root / label / f"{index}.jpg").write_bytes(picture(index + 10 * (label == "dog")))
+    (root / "loose.PNG").write_bytes(picture(99, "PNG"))
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+@pytest.fixture
+def archive(tmp_path):
+    path = tmp_path / "images.tar"
+    with tarfile.open(path, "w") as tar:
+        for index in range(8):
+            content = picture(index)
+            member = tarfile.TarInfo(f"class/{index}.jpg")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_digits_are_normalised_colour_images():
+    sample = load_images("digits", img_size=32, num_images=16, seed=0)
+    assert sample.images.shape == (16, 3, 32, 32)
+    assert sample.images.dtype == torch.float32
+    assert (sample.num_available, sample.skipped) == (1797, ())
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels = sample.images * std + mean
+    assert -1e-6 <= pixels.min() < pixels.max() <= 1 + 1e-6
+    torch.testing.assert_close(pixels[:, 0], pixels[:, 2])
+
+
+@pytest.mark.parametrize("scheme", ["digits", "folder", "tar"])
+def test_a_shorter_sample_is_a_prefix_of_a_longer_one(scheme, folder, archive):
+    source = {"digits": "digits", "folder": f"folder:{folder}", "tar": f"tar:{archive}"}[scheme]
+    short, long = (load_images(source, img_size=16, num_images=number, seed=3).images for number in (3, 6))
+    assert torch.equal(short, long[:3])
+    assert len({image.numpy().tobytes() for image in long}) == 6
+
+
+def test_another_seed_draws_other_images():
+    first, second = (load_images("digits", img_size=16, num_images=8, seed=seed).images for seed in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_every_image_below_a_folder_is_found(folder):
+    assert load_images(f"folder:{folder}", img_size=16, num_images=13, seed=0).num_available == 13
+
+
+def test_a_tar_holds_the_same_images_as_its_folder(tmp_path, folder):
+    with tarfile.open(tmp_path / "same.tar.gz", "w:gz") as tar:
+        tar.add(folder, arcname=".")
+    from_folder = load_images(f"folder:{folder}", img_size=16, num_images=13, seed=0).images
+    from_tar = load_images(f"tar:{tmp_path / 'same.tar.gz'}", img_size=16, num_images=13, seed=0).images
+    assert {image.numpy().tobytes() for image in from_tar} == {image.numpy().tobytes() for image in from_folder}
+
+
+def test_damaged_files_are_skipped_and_named(folder):
+    whole = (folder / "cat" / "1.jpg").read_bytes()
+    (folder / "cat" / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "loose.PNG").write_bytes(b"")
+    (folder / "dog" / "3.jpg").write_bytes(b"not a picture at all")
+    sample = load_images(f"folder:{folder}", img_size=16, num_images=10, seed=0)
+    assert len(sample.images) == 10
+    assert torch.isfinite(sample.images).all()
+    assert set(sample.skipped) <= {"cat/1.jpg", "loose.PNG", "dog/3.jpg"}
+    with pytest.raises(ValueError, match=r"10 readable images beside 3 damaged \(.*\); 11 are needed"):
+        load_images(f"folder:{folder}", img_size=16, num_images=11, seed=0)
+
+
+def test_the_image_after_a_damaged_one_takes_its_place(folder):
+    source = f"folder:{folder}"
+    before = load_images(source, img_size=16, num_images=13, seed=1).images
+    damaged = folder / "cat" / "2.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    os.utime(folder)
+    sample = load_images(source, img_size=16, num_images=12, seed=1)
+    assert sample.skipped == ("cat/2.jpg",)
+    assert {image.numpy().tobytes() for image in sample.images} < {image.numpy().tobytes() for image in before}
+
+
+def test_a_tar_that_was_cut_off_gives_what_is_left(archive):
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 3])
+    listed = load_images(f"tar:{archive}", img_size=16, num_images=1, seed=0)
+    sample = load_images(f"tar:{archive}", img_size=16, num_images=listed.num_available - 1, seed=0)
+    assert 1 < listed.num_available < 8
+    assert "images.tar: cut off or damaged after" in sample.skipped[0]
+    assert torch.isfinite(sample.images).all()
+
+
+def test_the_sample_is_read_once(folder):
+    first = load_images(f"folder:{folder}", img_size=16, num_images=4, seed=5)
+    assert load_images(f"folder:{folder}", img_size=16, num_images=4, seed=5) is first
+
+
+def test_the_fingerprint_is_of_names_and_sizes(folder, tmp_path):
+    before = fingerprint(f"folder:{folder}")
+    assert fingerprint("digits") == "digits"
+    assert fingerprint(f"folder:{folder}") == before
+    folder.rename(tmp_path / "moved")
+    assert fingerprint(f"folder:{tmp_path / 'moved'}") == before
+    (tmp_path / "moved" / "cat" / "7.jpg").write_bytes(picture(7))
+    assert fingerprint(f"folder:{tmp_path / 'moved'}") != before
+
+
+def test_a_good_source_comes_back_with_an_absolute_path(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert check_source("digits") == "digits"
+    assert check_source("folder:images") == f"folder:{folder}"
+
+
+def test_bad_sources_are_refused_in_one_line(folder, archive, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.tar").write_text("plain text, " * 100)
+    (tmp_path / "void.tar").write_bytes(b"")
+    with tarfile.open(tmp_path / "imageless.tar", "w") as tar:
+        tar.add(folder / "notes.txt")
+    expected = {
+        "digit": "did you mean 'digits'",
+        "folders:x": "did you mean 'folder:PATH'",
+        "imagenet": "known: digits, folder:PATH, tar:PATH",
+        "folder:": "write 'folder:PATH'",
+        str(folder): f"write 'folder:{folder}'",
+        str(archive): f"write 'tar:{archive}'",
+        f"folder:{tmp_path / 'missing'}": "missing does not exist",
+        f"folder:{archive}": "not a folder",
+        f"tar:{folder}": "not a file",
+        f"folder:{tmp_path / 'empty'}": "holds no image file",
+        f"tar:{tmp_path / 'imageless.tar'}": "holds no image file",
+        f"tar:{tmp_path / 'text.tar'}": "not a tar archive",
+        f"tar:{tmp_path / 'void.tar'}": "not a tar archive",
+    }
+    for source, words in expected.items():
+        with pytest.raises(ValueError, match=".") as refusal:
+            check_source(source)
+        assert words in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
+def test_too_few_images_are_noticed_before_any_work(folder):
+    with pytest.raises(ValueError, match="holds 13 image files, 16 are needed"):
+        check_source(f"folder:{folder}", num_images=16)

@@ -1,0 +1,289 @@
+"""Where jobs run: in this process (`SerialPool`) or as plain Ray tasks on a cluster (`RayPool`).
+
+A pool never holds more jobs than `capacity` says; the loop asks, submits, and polls for what happened.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from results.records import Failure, Outcome
+from workers.evaluate import Job, evaluate, poisons_device
+
+
+class PoolError(ValueError):
+    """The workers cannot be had: the message says what is missing and what to do."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job has ended, one way or the other."""
+
+    trial: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A running job has sent a point of a curve."""
+
+    trial: int
+    name: str
+    value: float
+    step: int
+
+
+Event = Finished | Reported
+
+
+class Pool(Protocol):
+    """Runs jobs; every job submitted is reported `Finished` exactly once."""
+
+    def capacity(self) -> int:
+        """How many jobs may be in flight now; changes as nodes come and go."""
+        ...
+
+    def submit(self, job: Job) -> None: ...
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """What happened since the last call, waiting up to `timeout_s` for something to happen."""
+        ...
+
+    def shutdown(self) -> None: ...
+
+
+class SerialPool:
+    """Runs one job at a time in this process. It cannot end a job that hangs, so time limits do not apply."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Job] = deque()
+
+    def capacity(self) -> int:
+        return 1
+
+    def submit(self, job: Job) -> None:
+        self._queue.append(job)
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        if not self._queue:
+            return []
+        job = self._queue.popleft()
+        events: list[Event] = []
+        outcome = evaluate(job, lambda name, value, step: events.append(Reported(job.trial, name, value, step)))
+        return [*events, Finished(job.trial, outcome)]
+
+    def shutdown(self) -> None:
+        self._queue.clear()
+
+
+@dataclass
+class _Flight:
+    job: Job
+    num_losses: int = 0
+    started_at: float | None = None
+    timed_out: bool = False
+
+
+@dataclass(kw_only=True)
+class RayPool:
+    """Runs jobs as Ray tasks of `cpus`, `gpus` and `memory_mb` each, as many at a time as the cluster holds.
+
+    `address` is Ray's: "local" starts a cluster of this machine's cores for this process alone, "auto" joins the running
+    one. Ray retries nothing (`max_retries=0`); a job whose worker or node died is resubmitted here, into the same
+    workdir, at most `max_losses` times. `max_workers` caps the jobs in flight and, on a cluster that grows on demand,
+    is what is asked of it.
+    """
+
+    address: str
+    cpus: float
+    gpus: float = 0.0
+    memory_mb: int = 0
+    max_workers: int | None = None
+    max_losses: int = 3
+    _flights: dict[Any, _Flight] = field(default_factory=dict)
+    _capacity: tuple[float, int] = (float("-inf"), 0)
+    _done: deque[Event] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        import ray
+
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        self._owns_cluster = self.address == "local"
+        if not ray.is_initialized():
+            _connect(self.address)
+        self._mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).options(scheduling_strategy=_on_this_node()).remote()
+        self._remote: Any = ray.remote(max_retries=0, max_calls=0)(_run_job).options(
+            num_cpus=self.cpus, num_gpus=self.gpus, memory=self.memory_mb * 2**20 or None
+        )
+        if self.capacity() == 0:
+            need = f"{self.cpus:g} CPU, {self.gpus:g} GPU and {self.memory_mb} MB of memory"
+            raise PoolError(f"no node of the cluster has the {need} that one trial needs; nodes: {_describe_nodes()}")
+
+    def capacity(self) -> int:
+        read_at, capacity = self._capacity
+        if time.monotonic() - read_at > 2.0:
+            capacity = sum(self._fits(node) for node in _alive_nodes())
+            if self.max_workers is not None:
+                capacity = self.max_workers if not self._owns_cluster else min(capacity, self.max_workers)
+            self._capacity = time.monotonic(), capacity
+        return capacity
+
+    def _fits(self, resources: dict[str, float]) -> int:
+        fits = [resources.get("CPU", 0) / self.cpus] if self.cpus else []
+        fits += [resources.get("GPU", 0) / self.gpus] if self.gpus else []
+        fits += [resources.get("memory", 0) / (self.memory_mb * 2**20)] if self.memory_mb else []
+        return int(min(fits))
+
+    def submit(self, job: Job) -> None:
+        self._fly(_Flight(job))
+
+    def _fly(self, flight: _Flight) -> None:
+        flight.started_at = None
+        self._flights[self._remote.remote(flight.job, self._mailbox)] = flight
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        import ray
+
+        if not self._flights:
+            return []
+        ready, _ = ray.wait(list(self._flights), num_returns=1, timeout=timeout_s)
+        if ready:
+            ready, _ = ray.wait(list(self._flights), num_returns=len(self._flights), timeout=0)
+        events = self._read_mailbox()
+        for ref in ready:
+            if ref in self._flights:
+                events += self._land(ref, self._flights.pop(ref))
+        self._cancel_overdue()
+        return events
+
+    def _land(self, ref: Any, flight: _Flight) -> list[Event]:
+        import ray
+        from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+
+        trial = flight.job.trial
+        try:
+            return [Finished(trial, ray.get(ref))]
+        except OutOfMemoryError as error:
+            return [Finished(trial, Failure(kind="out_of_memory", message=_first_line(error), traceback=str(error)))]
+        except RayTaskError as error:
+            return [Finished(trial, Failure(kind="error", message=_first_line(error.cause), traceback=str(error)))]
+        except RayError as error:
+            if flight.timed_out:
+                message = f"not finished after its time limit of {flight.job.time_limit_s:g} s"
+                return [Finished(trial, Failure(kind="timeout", message=message))]
+            flight.num_losses += 1
+            if flight.num_losses > self.max_losses:
+                message = f"its worker or node died {flight.num_losses} times; last: {type(error).__name__}"
+                return [Finished(trial, Failure(kind="lost", message=message, traceback=str(error)))]
+            self._fly(flight)
+            return []
+
+    def _read_mailbox(self) -> list[Event]:
+        import ray
+
+        by_trial = {flight.job.trial: (ref, flight) for ref, flight in self._flights.items()}
+        events: list[Event] = []
+        for kind, trial, *rest in ray.get(self._mailbox.take.remote()):
+            if trial not in by_trial:
+                continue
+            ref, flight = by_trial[trial]
+            if kind == "started":
+                flight.started_at = time.monotonic()
+            elif kind == "reported":
+                events.append(Reported(trial, *rest))
+            else:
+                self._flights.pop(ref)
+                events.append(Finished(trial, rest[0]))
+        return events
+
+    def _cancel_overdue(self) -> None:
+        import ray
+
+        for ref, flight in self._flights.items():
+            limit = flight.job.time_limit_s
+            if limit and flight.started_at and not flight.timed_out and time.monotonic() - flight.started_at > limit:
+                flight.timed_out = True
+                ray.cancel(ref, force=True)
+
+    def shutdown(self) -> None:
+        import ray
+
+        for ref in self._flights:
+            ray.cancel(ref, force=True)
+        self._flights.clear()
+        if self._owns_cluster:
+            ray.shutdown()
+        else:
+            ray.kill(self._mailbox)
+
+
+class _Mailbox:
+    """Carries what running jobs say to the driver, in order."""
+
+    def __init__(self) -> None:
+        self._letters: list[tuple[Any, ...]] = []
+
+    def put(self, *letter: Any) -> None:
+        self._letters.append(letter)
+
+    def take(self) -> list[tuple[Any, ...]]:
+        letters, self._letters = self._letters, []
+        return letters
+
+
+def _run_job(job: Job, mailbox: Any) -> Outcome:
+    mailbox.put.remote("started", job.trial)
+    report: Callable[[str, float, int], None] = lambda name, value, step: mailbox.put.remote("reported", job.trial, name, value, step)  # noqa: E731
+    outcome = evaluate(job, report)
+    if poisons_device(outcome):
+        import ray
+
+        # The next job must not get this process: the outcome goes ahead by mail, then the process ends itself.
+        ray.get(mailbox.put.remote("finished", job.trial, outcome))
+        os._exit(1)
+    return outcome
+
+
+def _connect(address: str) -> None:
+    import logging
+
+    import ray
+
+    # Left alone, Ray writes a token for its local cluster into the home folder, and from then on every `ray start` of
+    # the user demands it. A token in the environment protects this cluster and ends with it.
+    if address == "local" and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    try:
+        ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        raise PoolError(f"Ray at {address!r} cannot be reached: {_first_line(error)}") from error
+
+
+def _on_this_node() -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _alive_nodes() -> list[dict[str, float]]:
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _describe_nodes() -> str:
+    return "; ".join(
+        f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU, {node.get('memory', 0) / 2**20:.0f} MB" for node in _alive_nodes()
+    )
+
+
+def _first_line(error: object) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:500]
