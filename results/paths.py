@@ -39,9 +39,13 @@ class RunPaths:
         """The artifacts of the default MLflow store."""
         return self.root / "mlflow-artifacts"
 
+    def study_dir(self, study: str) -> Path:
+        """The work directories of all trials of a study."""
+        return self.root / "work" / _file_name(study)
+
     def workdir(self, study: str, phase: str, number: int) -> Path:
         """The files of one trial: outcome, checkpoints."""
-        return self.root / "work" / _file_name(study) / _file_name(phase) / f"{number:06d}"
+        return self.study_dir(study) / _file_name(phase) / f"{number:06d}"
 
     def lock(self, study: str) -> Path:
         """Held by the one driver of the study."""
@@ -54,4 +58,4 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.=+-]", "_", name)
+    return re.sub(r"[^\w.=+@-]", "_", name)

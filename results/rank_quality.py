@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,7 +42,8 @@ def kendall_tau(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray
     if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
         return math.nan
     # The p-value is not used, and for short samples without ties scipy would compute an exact one.
-    return float(kendalltau(x, y, method="asymptotic").statistic)
+    result: Any = kendalltau(x, y, method="asymptotic")
+    return float(result.statistic)
 
 
 def partial_kendall_tau(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, z: Sequence[float] | np.ndarray) -> float:
@@ -113,7 +114,7 @@ def agreement_table(
         for baseline in baselines:
             if baseline == score or score not in frame or baseline not in frame:
                 continue
-            pair = frame[[score, baseline]].dropna()
-            found = rank_agreement(pair[score].to_numpy(), pair[baseline].to_numpy(), seed=seed)
+            pair = frame[[score, baseline]].dropna().to_numpy(dtype=float)
+            found = rank_agreement(pair[:, 0], pair[:, 1], seed=seed)
             rows.append((score, baseline, found.tau, found.low, found.high, found.num_points))
     return pd.DataFrame(rows, columns=pd.Index(["score", "baseline", "tau", "low", "high", "n"]))

@@ -13,7 +13,7 @@ import os
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -183,7 +183,7 @@ class MlflowTracker:
         if run is None:
             return
         from mlflow.entities import Metric as Point
-        from mlflow.entities import RunTag
+        from mlflow.entities import Param, RunTag
 
         self._flush(run)
         now = _now_ms()
@@ -192,6 +192,7 @@ class MlflowTracker:
         self._client.log_batch(
             run.run_id,
             metrics=[Point(name, value, now, 0) for name, value in values.items()],
+            params=[Param(name, str(value)) for name, value in list(trial.params.items())[:MAX_PARAMS]],
             tags=[RunTag(name, text[:MAX_TAG_CHARACTERS]) for name, text in _outcome_tags(outcome).items()],
         )
         self._write_text(run, CANDIDATE_FILE, json.dumps(dict(trial.candidate), indent=1))
@@ -269,7 +270,6 @@ class MlflowTracker:
             "trial": str(trial.number),
             "label": trial.label,
             "digest": trial.digest,
-            "params": json.dumps(dict(trial.params)),
             **self._user,
         }
         if trial.proxy_digest is not None:
@@ -296,11 +296,11 @@ class MlflowTracker:
             self._highest[phase] = int(newest[0].data.tags["trial"]) if newest else -1
         if number > self._highest[phase]:
             return None
-        found = list(self._runs(f"tags.trial_key = '{trial_key(phase, number)}'"))
+        found = self._runs(f"tags.trial_key = '{trial_key(phase, number)}'")
         found.sort(key=lambda run: (run.info.status not in FINAL_STATUSES, run.info.start_time))
         return found[0] if found else None
 
-    def _runs(self, filter_string: str) -> Iterator[Run]:
+    def _runs(self, filter_string: str) -> list[Run]:
         return search_runs(self._client, [self._experiment_id], filter_string)
 
     def _flush(self, run: _OpenRun) -> None:
@@ -326,23 +326,22 @@ def trial_key(phase: str, number: int) -> str:
     return f"{phase}/{number:09d}"
 
 
-def recorded_outcome(run: Run, read_text) -> Outcome:
+def recorded_outcome(run: Run, read_text: Callable[[str], str]) -> Outcome:
     """The outcome a final run holds; `read_text(name)` gives one of its text artifacts."""
     tags, metrics = run.data.tags, run.data.metrics
     elapsed_s = metrics.get(ELAPSED, 0.0)
     if run.info.status == "FAILED":
         kind: Any = tags.get("failure_kind", "error")
-        return Failure(
-            kind=kind, message=tags.get("failure_message", ""), traceback=read_text(TRACEBACK_FILE), elapsed_s=elapsed_s
-        )
+        return Failure(kind=kind, message=tags.get("failure_message", ""), traceback=read_text(TRACEBACK_FILE), elapsed_s=elapsed_s)
+    circumstances = json.loads(tags["circumstances"])
     return Measurement(
         values={name: value for name, value in metrics.items() if name != ELAPSED and not name.startswith(CURVE)},
         elapsed_s=elapsed_s,
-        device=tags.get("device", ""),
-        versions=json.loads(tags.get("versions", "{}")),
-        seed=int(tags.get("seed", "0")),
-        num_threads=int(tags.get("num_threads", "1")),
-        warnings=tuple(json.loads(tags.get("warnings", "[]"))),
+        device=circumstances["device"],
+        versions=circumstances["versions"],
+        seed=circumstances["seed"],
+        num_threads=circumstances["num_threads"],
+        warnings=tuple(circumstances["warnings"]),
     )
 
 
@@ -355,16 +354,16 @@ def _metric_values(outcome: Outcome) -> dict[str, float]:
 def _outcome_tags(outcome: Outcome) -> dict[str, str]:
     if isinstance(outcome, Failure):
         return {"failure_kind": outcome.kind, "failure_message": outcome.message or outcome.kind}
-    tags = {
+    circumstances: dict[str, Any] = {
         "device": outcome.device,
-        "versions": json.dumps(dict(outcome.versions)),
-        "seed": str(outcome.seed),
-        "num_threads": str(outcome.num_threads),
+        "seed": outcome.seed,
+        "num_threads": outcome.num_threads,
+        "versions": dict(outcome.versions),
+        "warnings": list(outcome.warnings),
     }
-    warnings = list(outcome.warnings)
-    while len(text := json.dumps(warnings)) > MAX_TAG_CHARACTERS:
-        warnings = warnings[: len(warnings) // 2]
-    return {**tags, "warnings": text} if warnings else tags
+    while len(text := json.dumps(circumstances)) > MAX_TAG_CHARACTERS and circumstances["warnings"]:
+        circumstances["warnings"] = circumstances["warnings"][: len(circumstances["warnings"]) // 2]
+    return {"circumstances": text}
 
 
 def mlflow_client(uri: str) -> MlflowClient:
@@ -379,17 +378,16 @@ def mlflow_client(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
-def search_runs(client: MlflowClient, experiment_ids: list[str], filter_string: str = "", order_by: list[str] | None = None) -> Iterator[Run]:
+def search_runs(client: MlflowClient, experiment_ids: list[str], filter_string: str = "") -> list[Run]:
     """Every run that matches, over all pages."""
     found: list[Run] = []
     token = None
     while True:
-        page = client.search_runs(experiment_ids, filter_string, max_results=PAGE_SIZE, order_by=order_by, page_token=token)
+        page = client.search_runs(experiment_ids, filter_string, max_results=PAGE_SIZE, page_token=token)
         found.extend(page)
         token = page.token
         if not token:
-            # Yielded when complete: a caller that changes runs while reading would shift the pages under itself.
-            return iter(found)
+            return found
 
 
 def check_tracking(uri: str) -> None:
@@ -403,7 +401,7 @@ def check_tracking(uri: str) -> None:
     elif _is_database(uri):
         _check_database(uri)
     elif scheme not in ("http", "https") and not uri.startswith("databricks"):
-        raise ValueError(f"MLflow tracking URI {uri!r} is not supported; use sqlite:////PATH/mlflow.db, http(s)://HOST:PORT or a database URL")
+        raise ValueError(f"MLflow tracking URI {uri!r} is not supported; use sqlite:////PATH/mlflow.db, http://HOST:PORT or a database URL")
     try:
         with _impatient():
             mlflow_client(uri).search_experiments(max_results=1)
@@ -439,7 +437,7 @@ def find_candidate(uri: str, digest: str) -> dict[str, Any] | None:
         return None
     client = mlflow_client(uri)
     experiment_ids = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = list(search_runs(client, experiment_ids, f"tags.digest LIKE '{digest}%'")) if experiment_ids else []
+    runs = search_runs(client, experiment_ids, f"tags.digest LIKE '{digest}%'") if experiment_ids else []
     digests = sorted({run.data.tags["digest"] for run in runs})
     if len(digests) > 1:
         raise ValueError(f"digest {digest!r} is ambiguous: {', '.join(digests[:5])}{', ...' if len(digests) > 5 else ''}")
@@ -460,8 +458,10 @@ def _create_sqlite_store(path: Path) -> None:
         path.unlink(missing_ok=True)
         try:
             os.link(unfinished, path)
-        except FileExistsError:
+        except FileExistsError:  # another study's driver was faster
             return
+        except OSError:  # a file system without hard links
+            os.replace(unfinished, path)
 
 
 def _check_sqlite(path: Path) -> None:

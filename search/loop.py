@@ -1,10 +1,10 @@
 """The loop of a phase: ask, screen, submit, record, until the asked number of trials is complete.
 
-    ask      a trial adopted from a driver that was lost, else a new one from the strategy
-    screen   illegal -> FAIL; over budget -> PRUNED with its constraint; measured before -> told the same again
-    submit   to the pool, never more jobs than it has room for
-    record   outcome.json in the workdir, then MLflow, then Optuna: whatever the order of crashes, the next start can
-             tell from the earlier ledger what the later one lacks
+ask      a trial adopted from a driver that was lost, else a new one from the strategy
+screen   illegal -> FAIL; over budget -> PRUNED with its constraint; measured before -> told the same again
+submit   to the pool, never more jobs than it has room for
+record   outcome.json in the workdir, then MLflow, then Optuna: whatever the order of crashes, the next start can
+         tell from the earlier ledger what the later one lacks
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import optuna
@@ -117,6 +117,8 @@ class PhaseLoop:
                 else:
                     self.tracker.report(self._running[event.trial].record, event.name, event.value, event.step)
             self.hold.renew()
+        if self.proposer is not None:
+            self.tracker.mark_family(self.phase.name, [trial.number for trial in self.proposer.family(self.study)])
         self._show(final=True)
 
     def _read_ledger(self) -> None:
@@ -217,7 +219,7 @@ class PhaseLoop:
     def _repeat(self, asked: _Asked) -> None:
         """Tell a trial what an equal one measured."""
         first, outcome = self._known[asked.job.key]
-        asked.record = asked.record.as_reuse_of(first)
+        asked.record = replace(asked.record, reused_from=first)
         self.tracker.open(asked.record)
         self._tell(asked, outcome)
 

@@ -12,9 +12,9 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 
-from results.leaderboard import leaderboard_text
+from results.leaderboard import attach_leaderboard, print_results
 from results.paths import RunPaths
-from results.tracking import MlflowTracker, archive_experiment, attach_leaderboard, check_tracking
+from results.tracking import MlflowTracker, archive_experiment, check_tracking
 from search.lock import Hold, Lease, LockFile
 from search.loop import Measuring, PhaseLoop, PhaseStopped, make_objective
 from search.progress import Progress
@@ -26,6 +26,8 @@ from workers.data import check_source, fingerprint
 from workers.pool import Pool, RayPool, SerialPool
 
 __all__ = ["Interrupted", "PhaseStopped", "objective", "open_study", "run_study"]
+
+LEADERBOARD_ROWS = 10
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -75,11 +77,12 @@ def run_study(settings: RunSettings, *, fresh: bool, max_workers: int | None, ra
             except KeyboardInterrupt:
                 raise Interrupted("interrupted; what was measured is kept, and the same command goes on from there") from None
             finally:
-                attach_leaderboard(tracker)
+                results = attach_leaderboard(tracker)
                 tracker.close(status)
         finally:
             pool.shutdown()
-    progress.say(leaderboard_text(opened.tracking_uri, settings.study_name))
+    print_results(results, LEADERBOARD_ROWS)
+    print(f"all of it: python -m results.leaderboard {settings.study_name}, or MLflow at {opened.tracking_uri}")
 
 
 def open_study(name: str, **settings: Any) -> optuna.Study:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
-    from optuna.storages.journal import BaseJournalFileLock
+    from optuna.storages.journal import JournalFileSymlinkLock
 
 LOCK_GRACE_S = 5
 """After this time a journal lock is taken from its holder: Optuna's default of 30 s is spent waiting for dead ones."""
@@ -59,7 +59,7 @@ def _journal(path: Path) -> BaseStorage:
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
-def mend_journal(path: Path, lock: BaseJournalFileLock) -> int:
+def mend_journal(path: Path, lock: JournalFileSymlinkLock) -> int:
     """Cut back a last line that a killed writer left torn; returns the number of bytes cut.
 
     Optuna reads such a file but appends to the torn line, after which nobody can read it. Works under the journal's own

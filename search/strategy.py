@@ -29,6 +29,10 @@ class Proposer(Protocol):
         """The points of the next round, decided from the told trials of `study`; None when the rule has ended."""
         ...
 
+    def family(self, study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+        """The trials that the rule has chosen so far, in the order of the rounds: what it yields."""
+        ...
+
 
 MakeSampler = Callable[[SearchSpace, tuple[Metric, ...], int], "optuna.samplers.BaseSampler"]
 

@@ -15,6 +15,10 @@ methods, with these signatures:
 
     output_shape(shape, **choices) -> TokenShape     what goes out, if not what came in; raises SpecError if illegal
     canonical(**choices) -> Component                an equal component in simpler terms (no effect: normalised away)
+    tap_cost(shape, tap, **choices) -> Cost          of a mixer that offers a tap: what `tap` adds to `cost`
+
+A pooling goes out as `TokenShape(dim, 1)`, which stands for `(B, dim)`, and a head as `TokenShape(num_classes, 1)`. A
+component with parameters outside of Linear, Conv2d and norm modules draws them in `init_weights(generator)`.
 
 Choices equal to their default are left out of a spec's JSON, so a default is part of a name's meaning: it never changes,
 and a component can gain a choice without changing the digest of what was measured before.
@@ -22,6 +26,7 @@ and a component can gain a choice without changing the digest of what was measur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -120,7 +125,7 @@ class Choice:
         return value
 
 
-POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: value > 0, "above 0")
+POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: 0 < value < math.inf, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,7 +16,10 @@ from space.spec import ArchSpec, BlockSpec, Component, full_choices
 
 
 class Part(NamedTuple):
-    """One component in its place: `path` is its module's name in the built network."""
+    """One component in its place: `path` is its module's name in the built network.
+
+    `tap` is what a mixer is asked for beside its tokens, by the token reduction after it.
+    """
 
     path: str
     kind: str
@@ -22,6 +27,7 @@ class Part(NamedTuple):
     shape: ImageShape | TokenShape
     output_shape: TokenShape
     out_dim: int | None = None
+    tap: AttentionTap = AttentionTap.NONE
 
     @property
     def module_class(self) -> Any:
@@ -34,36 +40,69 @@ class Part(NamedTuple):
         return full_choices(self.kind, self.component) | width
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parts that stand together, a block's or a single one, with paths relative to the group, and their summed cost."""
+
+    parts: tuple[Part, ...]
+    cost: Cost
+
+    @property
+    def output_shape(self) -> TokenShape:
+        return self.parts[-1].output_shape
+
+
 def layout(spec: ArchSpec) -> tuple[Part, ...]:
     """Every part of the network; raises SpecError naming the part that cannot be built."""
-    parts: list[Part] = []
-    shape: Any = ImageShape(spec.in_chans, spec.img_size, spec.img_size)
+    return tuple(part._replace(path=prefix + part.path) for prefix, group in groups(spec) for part in group.parts)
 
-    def add(path: str, kind: str, component: Component | None, out_dim: int | None = None) -> None:
-        nonlocal shape
+
+def groups(spec: ArchSpec) -> Iterator[tuple[str, Group]]:
+    """The groups of parts in the order of the forward pass, each with the prefix of its paths.
+
+    Groups are shared by all specs that hold them, which is what makes `cost` fast.
+    """
+    group = _part_group("patch_embed", "patch_embed", spec.patch_embed, _image_shape(spec), spec.stages[0].embed_dim)
+    yield "", group
+    for kind, component in (("prefix", spec.prefix), ("position", spec.position)):
         if component is not None:
-            parts.append(_place(path, kind, component, shape, out_dim))
-            shape = parts[-1].output_shape
-
-    add("patch_embed", "patch_embed", spec.patch_embed, spec.stages[0].embed_dim)
-    add("prefix", "prefix", spec.prefix)
-    add("position", "position", spec.position)
+            group = _part_group(kind, kind, component, group.output_shape, None)
+            yield "", group
     for index, stage in enumerate(spec.stages):
         for number, block in enumerate(stage.blocks):
-            block_parts = _block_layout(block, spec.norm, shape)
-            prefix = f"stages.{index}.blocks.{number}."
-            parts += [part._replace(path=prefix + part.path) for part in block_parts]
-            shape = block_parts[-1].output_shape
+            where = f"stages.{index}.blocks.{number}."
+            try:
+                group = _block_group(block, spec.norm, group.output_shape)
+            except SpecError as error:
+                raise SpecError(f"{where}{error}") from error
+            yield where, group
         if stage.downsampling is not None:
-            add(f"stages.{index}.downsampling", "downsampling", stage.downsampling, spec.stages[index + 1].embed_dim)
-    add("norm", "norm", spec.norm)
-    add("pooling", "pooling", spec.pooling)
-    add("head", "head", spec.head, spec.num_classes)
-    return tuple(parts)
+            where = f"stages.{index}.downsampling"
+            group = _part_group(where, "downsampling", stage.downsampling, group.output_shape, spec.stages[index + 1].embed_dim)
+            yield "", group
+    for kind, component, out_dim in (("norm", spec.norm, None), ("pooling", spec.pooling, None), ("head", spec.head, spec.num_classes)):
+        group = _part_group(kind, kind, component, group.output_shape, out_dim)
+        yield "", group
 
 
-@lru_cache(maxsize=4096)
-def _block_layout(block: BlockSpec, norm: Component, shape: TokenShape) -> tuple[Part, ...]:
+def part_cost(part: Part) -> Cost:
+    """The exact counts of one part, for one image."""
+    counted = part.module_class.cost(part.shape, **part.arguments)
+    return counted + part.module_class.tap_cost(part.shape, part.tap, **part.arguments) if part.tap else counted
+
+
+def _image_shape(spec: ArchSpec) -> ImageShape:
+    return ImageShape(spec.in_chans, spec.img_size, spec.img_size)
+
+
+@lru_cache(maxsize=65536)
+def _part_group(path: str, kind: str, component: Component, shape: Any, out_dim: int | None) -> Group:
+    part = _place(path, kind, component, shape, out_dim)
+    return Group(parts=(part,), cost=part_cost(part))
+
+
+@lru_cache(maxsize=65536)
+def _block_group(block: BlockSpec, norm: Component, shape: TokenShape) -> Group:
     parts: list[Part] = []
     for path, kind, component in (
         ("norm1", "norm", norm),
@@ -79,13 +118,13 @@ def _block_layout(block: BlockSpec, norm: Component, shape: TokenShape) -> tuple
         mixer, reduction = parts[1].module_class.declaration, parts[2].module_class.declaration
         if reduction.attention_tap > mixer.offers_tap:
             raise SpecError(
-                f"token_reduction {reduction.name!r} reads an attention tap of level {reduction.attention_tap.name}; "
-                f"mixer {mixer.name!r} offers {AttentionTap(mixer.offers_tap).name}"
+                f"token_reduction: {reduction.name!r} reads an attention tap of level {reduction.attention_tap.name}; "
+                f"mixer {mixer.name!r} offers {mixer.offers_tap.name}"
             )
-    return tuple(parts)
+        parts[1] = parts[1]._replace(tap=reduction.attention_tap)
+    return Group(parts=tuple(parts), cost=sum(map(part_cost, parts), Cost()))
 
 
-@lru_cache(maxsize=65536)
 def _place(path: str, kind: str, component: Component, shape: Any, out_dim: int | None) -> Part:
     cls: Any = components.get(kind, component.name)
     declared = cls.declaration
@@ -102,14 +141,3 @@ def _place(path: str, kind: str, component: Component, shape: Any, out_dim: int 
     except SpecError as error:
         raise SpecError(f"{where}: {error}") from error
     return Part(path, kind, component, shape, output, out_dim if kind in SETS_WIDTH else None)
-
-
-@lru_cache(maxsize=65536)
-def _part_cost(kind: str, component: Component, shape: Any, out_dim: int | None) -> Cost:
-    width = {} if out_dim is None else {"out_dim": out_dim}
-    return components.get(kind, component.name).cost(shape, **full_choices(kind, component), **width)  # type: ignore[attr-defined]
-
-
-def part_cost(part: Part) -> Cost:
-    """The exact counts of one part, for one image."""
-    return _part_cost(part.kind, part.component, part.shape, part.out_dim)

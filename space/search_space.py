@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,16 +26,19 @@ class Suggests(Protocol):
 class Axis:
     """One decision: a tuple of unordered choices or a `range` of integers.
 
-    An axis with `when=(other, value)` exists only where an earlier axis took that value: first the component, then its
-    own choices.
+    An axis with `when=(other, value)` exists only where an earlier axis took that value, or one of a tuple of values:
+    first the component, then its own choices.
     """
 
     name: str
     choices: tuple[Scalar, ...] | range
-    when: tuple[str, Scalar] | None = None
+    when: tuple[str, Scalar | tuple[Scalar, ...]] | None = None
 
     def is_active(self, params: Mapping[str, Scalar]) -> bool:
-        return self.when is None or params.get(self.when[0]) == self.when[1]
+        if self.when is None:
+            return True
+        other, value = self.when
+        return other in params and params[other] in (value if isinstance(value, tuple) else (value,))
 
     def suggest(self, trial: Suggests) -> Scalar:
         if isinstance(self.choices, range):
@@ -98,9 +100,19 @@ class SearchSpace:
     @property
     def size(self) -> int:
         """Number of points."""
-        if all(axis.when is None for axis in self.axes):
-            return math.prod(len(axis.choices) for axis in self.axes)
-        return sum(1 for _ in self.points())
+        deciding = {axis.when[0] for axis in self.axes if axis.when}
+
+        def count(params: dict[str, Scalar], axes: tuple[Axis, ...]) -> int:
+            number = 1
+            for index, axis in enumerate(axes):
+                if not axis.is_active(params):
+                    continue
+                if axis.name in deciding:
+                    return number * sum(count({**params, axis.name: value}, axes[index + 1 :]) for value in axis.choices)
+                number *= len(axis.choices)
+            return number
+
+        return count({}, self.axes)
 
     def points(self) -> Iterator[dict[str, Scalar]]:
         """Every point, the last axis varying fastest."""

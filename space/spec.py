@@ -86,6 +86,11 @@ def _store_canonical(spec: Any, kinds: Mapping[str, str]) -> None:
         part = getattr(spec, attribute)
         if part is not None:
             object.__setattr__(spec, attribute, canonical(kind, part))
+        elif attribute in _REQUIRED_PARTS:
+            raise SpecError(f"{attribute} is missing; registered: {', '.join(components.names(kind))}")
+
+
+_REQUIRED_PARTS = frozenset({"mixer", "feed_forward", "patch_embed", "norm", "pooling", "head"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +241,6 @@ def _component_from_json(value: Any, where: str) -> Component:
     match value:
         case [str(name)]:
             return Component(name)
-        case [str(name), dict(choices)]:
+        case [str(name), dict(choices)] if all(isinstance(choice, bool | int | float | str) for choice in choices.values()):
             return Component(name, **choices)
     raise SpecError(f'{where} is {value!r}; a component is written ["name", {{"choice": value}}]')

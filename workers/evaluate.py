@@ -63,9 +63,7 @@ def evaluate(job: Job, report: Report = report_nothing) -> Outcome:
     started = time.perf_counter()
     device = "cuda" if job.gpus > 0 else "cpu"
     warnings: list[str] = []
-    context = Context(
-        seed=job.seed, data=job.data, device=device, workdir=job.workdir, report=report, warn=warnings.append
-    )
+    context = Context(seed=job.seed, data=job.data, device=device, workdir=job.workdir, report=report, warn=warnings.append)
     values: dict[str, float] = {}
     try:
         if not all(call.evaluator.is_free for call in job.calls):

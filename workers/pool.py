@@ -108,7 +108,6 @@ class RayPool:
     max_losses: int = 3
     _flights: dict[Any, _Flight] = field(default_factory=dict)
     _capacity: tuple[float, int] = (float("-inf"), 0)
-    _done: deque[Event] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         import ray

@@ -47,7 +47,7 @@ def as_vit(run: RunSettings) -> Study:
     def propose(phases: Mapping[str, optuna.Study]):
         from search.strategies.growth import Growth
 
-        seed = best_by_rank_sum(phases["topology"], topology.goals)
+        seed = best_topology(phases["topology"], topology.goals)
         return Growth(
             space=growth.space,
             topology={axis: seed.params[axis] for axis in TOPOLOGY_AXES},
@@ -66,19 +66,16 @@ def as_vit(run: RunSettings) -> Study:
     return Study(phases=(topology, growth))
 
 
-def best_by_rank_sum(studied: optuna.Study, goals: tuple[Metric, ...]) -> optuna.trial.FrozenTrial:
-    """The complete trial whose ranks over the objectives add up to the least, the earliest of equals.
+def best_topology(studied: optuna.Study, goals: tuple[Metric, ...]) -> optuna.trial.FrozenTrial:
+    """The complete trial with the smallest sum of ranks over the objectives, the earliest of equals.
 
     Raises SettingsError if no trial is complete.
     """
     from optuna.trial import TrialState
-    from scipy.stats import rankdata
+
+    from search.strategies.growth import best_by_ranks
 
     trials = studied.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not trials:
         raise SettingsError(f"{studied.study_name} has no complete trial to go on from")
-    ranks = sum(
-        rankdata([(-1 if goal.goal == "maximize" else 1) * trial.values[index] for trial in trials], method="dense")
-        for index, goal in enumerate(goals)
-    )
-    return trials[int(ranks.argmin())]
+    return min(best_by_ranks(trials, goals), key=lambda trial: trial.number)

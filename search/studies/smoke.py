@@ -1,6 +1,6 @@
 """A study small enough to try an installation: seconds on a CPU, every ledger written, conditional axes included.
 
-    search/run.py smoke
+search/run.py smoke
 """
 
 from __future__ import annotations

@@ -1,0 +1,173 @@
+"""The leaderboard as one HTML page: figures, sortable tables, provenance. It loads nothing from anywhere."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from results.leaderboard import SHORT_DIGEST, agreement, family, format_tau, format_value
+from results.plots import MAX_PLOTTED, Panel, interactive_figure, panels
+
+if TYPE_CHECKING:
+    from results.leaderboard import StudyResults
+
+MAX_ROWS = 1000
+"""Rows of a table; beyond this a browser sorts slowly, and nobody reads on."""
+
+STYLE = """
+:root { --ink: #1b2a3a; --soft: #5a6b7c; --line: #dfe5eb; --accent: #d1495b; --wash: #f6f8fa; }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); margin: 0 auto; padding: 32px 28px 64px;
+  max-width: 1280px; background: white; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 20px; margin: 44px 0 4px; } h3 { font-size: 15px; margin: 28px 0 8px; }
+p { margin: 4px 0 12px; color: var(--soft); max-width: 92ch; }
+.scroll { overflow: auto; max-height: 640px; border: 1px solid var(--line); border-radius: 8px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; width: 100%; }
+th, td { padding: 6px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { position: sticky; top: 0; background: var(--wash); font-weight: 600; }
+th.sortable { cursor: pointer; user-select: none; } th.sortable:hover { color: var(--accent); }
+th[aria-sort=ascending]::after { content: " \\25B4"; } th[aria-sort=descending]::after { content: " \\25BE"; }
+td.text, th.text { text-align: left; } td.code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 12px; }
+tr.front td:first-child { box-shadow: inset 3px 0 var(--accent); } tr.front td:first-child { font-weight: 700; }
+tbody tr:hover { background: var(--wash); } .error { color: var(--soft); font-size: 12px; }
+.narrow { display: inline-block; max-width: 100%; } .narrow table { width: auto; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; font-size: 13px; margin: 12px 0 0; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+input { font: inherit; font-size: 13px; padding: 5px 10px; border: 1px solid var(--line); border-radius: 6px; width: 280px;
+  margin: 0 0 8px; }
+"""
+
+SCRIPT = """
+for (const table of document.querySelectorAll("table.board")) {
+  const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => head.addEventListener("click", () => {
+    const ascending = head.getAttribute("aria-sort") !== "ascending";
+    heads.forEach(other => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", ascending ? "ascending" : "descending");
+    const key = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
+    const isNumber = !head.classList.contains("text");
+    const compare = (a, b) => isNumber
+      ? (a === "" ? 1 : b === "" ? -1 : (ascending ? 1 : -1) * (a - b))
+      : (ascending ? 1 : -1) * a.localeCompare(b);
+    body.append(...[...body.rows].sort((a, b) => compare(key(a), key(b))));
+  }));
+  const filter = document.getElementById(table.dataset.filter);
+  filter.addEventListener("input", () => {
+    const wanted = filter.value.toLowerCase();
+    for (const row of body.rows) row.hidden = !row.dataset.search.includes(wanted);
+  });
+}
+"""
+
+
+def render(results: StudyResults) -> str:
+    """The page's text; some five megabytes, most of them plotly's script."""
+    from plotly.offline import get_plotlyjs
+
+    grid = {row[0].phase: row for row in panels(results)}
+    name = escape(results.provenance.study)
+    provenance = "".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in results.provenance.lines())
+    sections = "".join(_section(results, phase, grid.get(phase, [])) for phase in results.phases) or "<p>No finished trial yet.</p>"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: leaderboard</title>'
+        '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body><h1>{name}: leaderboard</h1>"
+        f"<dl>{provenance}</dl>{sections}<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _section(results: StudyResults, phase: str, row: list[Panel]) -> str:
+    parts = [f"<h2>{escape(phase)}</h2><p>{escape(results.summary(phase))}</p>"]
+    if row:
+        figure = interactive_figure(row)
+        config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
+        parts.append(figure.to_html(full_html=False, include_plotlyjs=False, config=config))
+        num_points = len(results.phase(phase))
+        if num_points > MAX_PLOTTED:
+            parts.append(f"<p>Drawn are the front and the {MAX_PLOTTED} best of {num_points} measurements.</p>")
+    if text := _family(results, phase):
+        parts.append(f"<h3>The family, in the order it grew</h3>{text}")
+    parts.append(_board(results, phase))
+    if text := _agreement(results, phase):
+        parts.append(f"<h3>What the expensive scores add</h3>{text}")
+    return "".join(parts)
+
+
+def _board(results: StudyResults, phase: str) -> str:
+    rows = results.phase(phase)
+    columns = [*results.metric_names(phase), *(["elapsed_s"] if "elapsed_s" in rows else [])]
+    errors = {name for name in columns if name.endswith("_stderr") and name.removesuffix("_stderr") in columns}
+    columns = [name for name in columns if name not in errors]
+    has_proxy = "proxy_digest" in rows
+    heads = _head("rank") + _head("network", "text") + _head("digest", "text") + (_head("scored", "text") if has_proxy else "")
+    heads += _head("trial") + "".join(_head(name) for name in columns)
+    lines = []
+    for row in rows.head(MAX_ROWS).to_dict("records"):
+        cells = [_cell(row["rank"]), f'<td class="text code">{escape(str(row["label"]))}</td>', _digest(row["digest"])]
+        if has_proxy:
+            cells.append(_digest(row["proxy_digest"]))
+        cells.append(_cell(row["trial"]))
+        cells += [_cell(row[name], row[f"{name}_stderr"] if f"{name}_stderr" in errors else None) for name in columns]
+        searched = escape(f"{row['label']} {row['digest']} {row.get('proxy_digest') or ''}".lower(), quote=True)
+        is_front = ' class="front"' if row["is_front"] else ""
+        lines.append(f'<tr{is_front} data-search="{searched}">{"".join(cells)}</tr>')
+    capped = f" Shown are the {MAX_ROWS} best of {len(rows)}; the CSV has all." if len(rows) > MAX_ROWS else ""
+    note = f"<p>A red edge marks the Pareto front. Click a heading to sort.{capped}</p>"
+    identity = f"filter-{escape(phase, quote=True)}"
+    return (
+        f'<h3>All measurements</h3>{note}<input id="{identity}" type="search" placeholder="filter by network or digest">'
+        f'<div class="scroll"><table class="board" data-filter="{identity}"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _family(results: StudyResults, phase: str) -> str:
+    rows = family(results.phase(phase))
+    if not len(rows):
+        return ""
+    names = [name for name in results.metric_names(phase) if not name.endswith("_stderr")]
+    heads = "".join(f"<th{' class=text' if kind else ''}>{escape(name)}</th>" for name, kind in _family_columns(names))
+    lines = []
+    for row in rows.to_dict("records"):
+        cells = [_cell(row["family_step"]), f'<td class="text code">{escape(str(row["label"]))}</td>', _digest(row["digest"])]
+        cells.append(_digest(row.get("proxy_digest")))
+        lines.append(f"<tr>{''.join(cells)}{''.join(_cell(row[name]) for name in names)}</tr>")
+    note = "<p>Scores are those of the scored network (the narrow proxy), costs those of the reported one.</p>"
+    return f'{note}<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _family_columns(names: list[str]) -> list[tuple[str, bool]]:
+    return [("step", False), ("network", True), ("reported", True), ("scored", True), *((name, False) for name in names)]
+
+
+def _agreement(results: StudyResults, phase: str) -> str:
+    table = agreement(results, phase)
+    if not len(table):
+        return ""
+    scores, baselines = list(dict.fromkeys(table["score"])), list(dict.fromkeys(table["baseline"]))
+    found = {(row["score"], row["baseline"]): row for row in table.to_dict("records")}
+    heads = '<th class="text">score</th>' + "".join(f"<th>{escape(name)}</th>" for name in baselines) + "<th>n</th>"
+    lines = []
+    for score in scores:
+        cells = "".join(f"<td>{format_tau(found[score, baseline])}</td>" for baseline in baselines)
+        lines.append(f'<tr><td class="text">{escape(score)}</td>{cells}<td>{found[score, baselines[0]]["n"]}</td></tr>')
+    note = (
+        "<p>Kendall's tau-b [95 % bootstrap interval over networks] between each score and what costs nothing to know."
+        " Near +1 or -1 the score orders networks as the cheap number does and adds little; near 0 it says something else.</p>"
+    )
+    rows = "".join(lines)
+    return f'{note}<div class="scroll narrow"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _head(name: str, kind: str = "") -> str:
+    return f'<th class="sortable {kind}">{escape(name)}</th>'
+
+
+def _cell(value: Any, error: Any = None) -> str:
+    key = "" if value is None or value != value else repr(float(value))
+    spread = f' <span class="error">± {format_value(error, digits=2)}</span>' if error is not None and error == error else ""
+    return f'<td data-value="{key}">{format_value(value)}{spread}</td>'
+
+
+def _digest(digest: Any) -> str:
+    return f'<td class="text code" title="{digest}">{str(digest)[:SHORT_DIGEST]}</td>' if isinstance(digest, str) else "<td></td>"

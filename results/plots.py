@@ -1,0 +1,260 @@
+"""The figures of a study: each objective against what the network costs, with the fronts.
+
+PNG by matplotlib for papers and README, the same panels by plotly for the page. Two fronts are told apart: the line is the
+best score to be had at up to so many MACs; the filled points are the networks that no other beats in all objectives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from results.pareto import pareto_front, to_minimize
+from results.records import Metric
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+    from matplotlib.axes import Axes
+
+    from results.leaderboard import StudyResults
+
+INK, GREY, GRID = "#1b2a3a", "#8aa1b8", "#e6ebf0"
+FRONT, LINE, BEST, FAMILY = "#d1495b", "#1b2a3a", "#f2b134", "#2a8c82"
+MAX_PLOTTED = 5000
+AXIS_TITLES = {
+    "gmacs": "GMACs",
+    "params_m": "parameters (millions)",
+    "depth": "depth (blocks)",
+    "trial": "trial",
+    "length_distortion": "length distortion $L^E$",
+    "ntk_condition": "NTK condition number $\\kappa$",
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One objective of a phase over one cost, and the rows that have both."""
+
+    phase: str
+    cost: str
+    metric: Metric
+    rows: pd.DataFrame
+
+    @property
+    def better(self) -> str:
+        return "higher is better" if self.metric.goal == "maximize" else "lower is better"
+
+    @property
+    def error(self) -> str | None:
+        name = f"{self.metric.name}_stderr"
+        return name if name in self.rows else None
+
+    def cost_front(self) -> pd.DataFrame:
+        """The best score at each cost, cheapest first."""
+        costs = to_minimize(self.rows[[self.cost, self.metric.name]].to_numpy(dtype=float), ["minimize", self.metric.goal])
+        return self.rows.loc[pareto_front(costs)].sort_values(by=self.cost)
+
+    def is_log(self, name: str, ratio: float) -> bool:
+        values = self.rows[name].to_numpy(dtype=float)
+        return bool(values.min() > 0 and values.max() / values.min() > ratio)
+
+
+def panels(results: StudyResults) -> list[list[Panel]]:
+    """A row per phase: its first two objectives, or its only one over MACs and over parameters."""
+    grid = []
+    for phase in results.phases:
+        rows = results.phase(phase)
+        metrics = [metric for metric in results.objectives.get(phase, ()) if metric.name in rows]
+        costs = [name for name in ("gmacs", "params_m") if name in rows] or ["trial"]
+        pairs = [(costs[0], metric) for metric in metrics[:2]]
+        if len(metrics) == 1 and len(costs) > 1:
+            pairs.append((costs[1], metrics[0]))
+        row = [Panel(phase, cost, metric, _drawn(rows.dropna(subset=[cost, metric.name]))) for cost, metric in pairs]
+        if row := [panel for panel in row if len(panel.rows)]:
+            grid.append(row)
+    return grid
+
+
+def _drawn(rows: pd.DataFrame) -> pd.DataFrame:
+    """All rows, or of a huge study its front, its family and its best."""
+    if len(rows) <= MAX_PLOTTED:
+        return rows
+    is_kept = rows["is_front"].to_numpy(dtype=bool) | (np.arange(len(rows)) < MAX_PLOTTED)
+    if "family_step" in rows:
+        is_kept |= rows["family_step"].notna().to_numpy()
+    return rows.loc[is_kept]
+
+
+def write_png(results: StudyResults, path: Path) -> None:
+    """The panels at README width (1800 pixels)."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    grid = panels(results)
+    style: dict[Any, Any] = {
+        "font.size": 11,
+        "axes.edgecolor": GREY,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "mathtext.fontset": "dejavuserif",
+    }
+    with rc_context(style):
+        num_columns = max((len(row) for row in grid), default=1)
+        figure = Figure(figsize=(11, 0.8 + 4.1 * max(len(grid), 1)), dpi=164, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(max(len(grid), 1), num_columns, squeeze=False)
+        for row_axes, row in zip(axes, grid or [[]], strict=True):
+            for axis, panel in zip(row_axes, row, strict=False):
+                _draw(axis, panel)
+            for axis in row_axes[len(row) :]:
+                axis.set_axis_off()
+        handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        if handles:
+            figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
+        figure.suptitle(
+            f"{results.provenance.study}: {len(results.frame)} measurements on {', '.join(results.provenance.devices) or 'no device'}",
+            fontsize=13,
+            fontweight="bold",
+            x=0.01,
+            ha="left",
+        )
+        figure.savefig(path, format="png", metadata={"Source": results.provenance.study})
+
+
+def _draw(axis: Axes, panel: Panel) -> None:
+    name, rows, front = panel.metric.name, panel.rows, panel.cost_front()
+    x, y = panel.cost, name
+    size = 26 if len(rows) < 300 else 12
+    axis.set_axisbelow(True)
+    axis.grid(color=GRID, linewidth=0.8)
+    axis.scatter(rows[x], rows[y], s=size, c=GREY, alpha=0.65, linewidths=0, label="measured")
+    best_so_far = front[y].iloc[-1]
+    right = rows[x].max()
+    axis.step([*front[x], right], [*front[y], best_so_far], where="post", color=LINE, linewidth=1.4, label="best at this cost", zorder=3)
+    members = rows.loc[rows["is_front"]]
+    if panel.error and len(members) <= 60:
+        axis.errorbar(members[x], members[y], yerr=members[panel.error], fmt="none", ecolor=FRONT, elinewidth=0.9, alpha=0.6, zorder=3)
+    axis.scatter(members[x], members[y], s=size * 1.5, c=FRONT, edgecolors="white", linewidths=0.5, label="Pareto front", zorder=4)
+    if "family_step" in rows:
+        family = rows.dropna(subset=["family_step"]).sort_values(by="family_step")
+        axis.plot(
+            family[x], family[y], color=FAMILY, linewidth=1.8, marker="D", markersize=5.5, label="family", zorder=5, mec="white", mew=0.7
+        )
+    best = rows.loc[rows["rank"] == 1]
+    axis.scatter(best[x], best[y], s=190, marker="*", c=BEST, edgecolors=INK, linewidths=0.8, label="rank 1", zorder=6)
+    if panel.is_log(x, 10):
+        _log_axis(axis.set_xscale, axis.xaxis)
+    if panel.is_log(y, 20):
+        axis.set_yscale("log")
+    axis.set_xlabel(AXIS_TITLES.get(x, x))
+    axis.set_ylabel(AXIS_TITLES.get(y, y))
+    axis.set_title(f"{panel.phase}: {panel.better}", fontsize=10.5, loc="left", color="#5a6b7c")
+
+
+def _log_axis(set_scale: Any, axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    set_scale("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def interactive_figure(row: Sequence[Panel]) -> go.Figure:
+    """The panels of one phase side by side; hovering names the network and its parameters."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    figure: Any = make_subplots(rows=1, cols=len(row), horizontal_spacing=0.09)
+    for column, panel in enumerate(row, start=1):
+        x, y, rows, front = panel.cost, panel.metric.name, panel.rows, panel.cost_front()
+        is_first = column == 1
+
+        def points(
+            shown: pd.DataFrame, title: str, mode: str = "markers", *, x=x, y=y, is_first=is_first, panel=panel, look: dict[str, Any]
+        ) -> Any:
+            return go.Scatter(
+                x=shown[x].tolist(),
+                y=shown[y].tolist(),
+                name=title,
+                legendgroup=title,
+                showlegend=is_first,
+                mode=mode,
+                text=_hover(shown, panel),
+                hovertemplate="%{text}<extra></extra>",
+                **look,
+            )
+
+        members = rows.loc[rows["is_front"]]
+        bars = {"error_y": {"type": "data", "array": members[panel.error].tolist(), "thickness": 1, "width": 0}} if panel.error else {}
+        right = rows[x].max()
+        edge = {"color": "white", "width": 1}
+        traces = [
+            points(rows, "measured", look={"marker": {"color": GREY, "size": 7, "opacity": 0.65}}),
+            go.Scatter(
+                x=[*front[x], right],
+                y=[*front[y], front[y].iloc[-1]],
+                name="best at this cost",
+                legendgroup="best at this cost",
+                showlegend=is_first,
+                mode="lines",
+                line={"color": LINE, "width": 1.6, "shape": "hv"},
+                hoverinfo="skip",
+            ),
+            points(members, "Pareto front", look={"marker": {"color": FRONT, "size": 10, "line": edge}, **bars}),
+        ]
+        if "family_step" in rows:
+            family = rows.dropna(subset=["family_step"]).sort_values(by="family_step")
+            look = {"marker": {"color": FAMILY, "size": 9, "symbol": "diamond"}, "line": {"color": FAMILY, "width": 2}}
+            traces.append(points(family, "family", "lines+markers", look=look))
+        star = {"color": BEST, "size": 16, "symbol": "star", "line": {"color": INK, "width": 1}}
+        traces.append(points(rows.loc[rows["rank"] == 1], "rank 1", look={"marker": star}))
+        figure.add_traces(traces, rows=1, cols=column)
+        axis_look = {"gridcolor": GRID, "zeroline": False, "linecolor": GREY, "ticks": "outside", "tickcolor": GREY}
+        x_look = {"type": "log", "dtick": "D2"} if panel.is_log(x, 10) else {}
+        y_look = {"type": "log", "dtick": "D2"} if panel.is_log(y, 20) else {}
+        figure.update_xaxes(title=_plain_title(x), row=1, col=column, **axis_look, **x_look)
+        figure.update_yaxes(title=f"{_plain_title(y)} ({panel.better})", row=1, col=column, **axis_look, **y_look)
+    figure.update_layout(
+        height=460,
+        margin={"l": 70, "r": 20, "t": 40, "b": 60},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        font={"family": "system-ui, sans-serif", "color": INK, "size": 13},
+        legend={"orientation": "h", "y": 1.12, "x": 0},
+        hoverlabel={"bgcolor": "white", "bordercolor": GREY, "font": {"family": "ui-monospace, monospace", "size": 12}},
+    )
+    return figure
+
+
+def _hover(rows: pd.DataFrame, panel: Panel) -> list[str]:
+    from html import escape
+
+    from results.leaderboard import format_value
+
+    texts = []
+    for row in rows.to_dict("records"):
+        score = format_value(row[panel.metric.name])
+        if panel.error:
+            score += f" ± {format_value(row[panel.error], digits=2)}"
+        chosen = [f"{name} = {value}" for name, value in json.loads(row["params"]).items()]
+        lines = [f"<b>{escape(str(row['label']))}</b>", f"{row['digest']}  rank {row['rank']}, trial {row['trial']}"]
+        lines += [f"{panel.metric.name} {score}", f"{panel.cost} {format_value(row[panel.cost])}"]
+        lines += [escape(", ".join(chosen[start : start + 4])) for start in range(0, min(len(chosen), 16), 4)]
+        texts.append("<br>".join(lines))
+    return texts
+
+
+def _plain_title(name: str) -> str:
+    return AXIS_TITLES.get(name, name).replace("$L^E$", "L<sup>E</sup>").replace("$\\kappa$", "κ")

@@ -1,0 +1,82 @@
+"""Optuna's own samplers as strategies, seeded trial by trial.
+
+Optuna seeds a sampler once, so a study that is interrupted and resumed with the same seed would propose its first points
+again. Here every trial gets a sampler of its own, seeded by (seed, trial number): a resumed study goes on exactly as if
+it had never stopped, and everything else these samplers know is in the told trials anyway.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from results.records import Metric
+from search.strategy import strategy
+from space.search_space import SearchSpace
+
+
+@strategy("random")
+def random(space: SearchSpace, objectives: tuple[Metric, ...], seed: int) -> BaseSampler:
+    """Draw every axis uniformly, whatever was told."""
+    return SeededByTrial(RandomSampler, seed)
+
+
+@strategy("tpe")
+def tpe(space: SearchSpace, objectives: tuple[Metric, ...], seed: int) -> BaseSampler:
+    """Tree-structured Parzen estimator over groups of axes that occur together, taking trials in flight for bad ones."""
+    return SeededByTrial(_grouped_tpe, seed)
+
+
+@strategy("nsga2")
+def nsga2(space: SearchSpace, objectives: tuple[Metric, ...], seed: int) -> BaseSampler:
+    """Genetic search by non-dominated sorting (NSGA-II), whose parents are complete trials only."""
+    return SeededByTrial(_nsga2, seed)
+
+
+def _nsga2(seed: int) -> BaseSampler:
+    return NSGAIISampler(seed=seed)
+
+
+def _grouped_tpe(seed: int) -> BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+
+
+class SeededByTrial(BaseSampler):
+    """`make(seed)` anew for every trial, with a seed that follows from `seed` and the trial's number."""
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int):
+        self._make = make
+        self._seed = seed
+        self._open: dict[tuple[str, int], BaseSampler] = {}
+
+    def _sampler_of(self, study: Study, trial: FrozenTrial) -> BaseSampler:
+        key = (study.study_name, trial.number)
+        if key not in self._open:
+            self._open[key] = self._make(int(np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]))
+        return self._open[key]
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._sampler_of(study, trial).before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._sampler_of(study, trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        return self._sampler_of(study, trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+        return self._sampler_of(study, trial).sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._sampler_of(study, trial).after_trial(study, trial, state, values)
+        del self._open[study.study_name, trial.number]

@@ -1,0 +1,181 @@
+"""Auto-scaling Vision Transformers without Training (As-ViT), https://arxiv.org/abs/2202.11921: its search space and family.
+
+Four stages at strides 4, 8, 16, 32 with windowed attention (section 3 of the paper), named by the strings of the released
+code. A stage is `K,S,E` or `K,S,E,L`: kernel of the patch embedding or of the merging before it, window splits per side,
+expansion of the feed-forward, depth; behind the last bar stand the heads H of the last stage and the width C of the first.
+
+    8,2,3|4,1,2|4,1,4|4,1,6|32                topology: every depth 1, width 32
+    8,2,3,5|4,1,2,2|4,1,4,5|4,1,6,2|32,180    scaled: with depths and width (As-ViT-Large)
+
+Widths are min(1024, C), min(1024, 2C), ...; heads H/8, H/4, H/2, H of floor(width / heads) channels each. There is no
+position embedding, as in the released code; the published parameter counts are larger by what looks like one of 56^2 C.
+LayerNorm has PyTorch's eps 1e-5, which the released code leaves as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from space.registry import SpecError
+from space.search_space import Axis, Candidate, SearchSpace
+from space.spec import ArchSpec, BlockSpec, Component, StageSpec, with_img_size
+
+NUM_STAGES = 4
+MAX_EMBED_DIM = 1024
+PROXY_SCALE = 4
+"""A grown network is this many times as wide as the proxy that is scored in its place."""
+
+KERNELS = ((4, 5, 6, 7, 8), (2, 3, 4), (2, 3, 4), (2, 3, 4))
+SPLITS = ((2, 4, 8), (1, 2, 4), (1, 2), (1,))
+EXPANSIONS = (2, 3, 4, 5, 6)
+NUM_HEADS = (16, 32, 64)
+
+AXES = (
+    *(Axis(name=f"K{stage}", choices=choices) for stage, choices in enumerate(KERNELS, 1)),
+    *(Axis(name=f"S{stage}", choices=choices) for stage, choices in enumerate(SPLITS[:3], 1)),
+    *(Axis(name=f"E{stage}", choices=EXPANSIONS) for stage in range(1, NUM_STAGES + 1)),
+    Axis(name="HEAD", choices=NUM_HEADS),
+)
+TOPOLOGY_AXES = tuple(axis.name for axis in AXES)
+GROWTH_AXES = (
+    *(Axis(name=f"depth{stage}", choices=range(1, 33)) for stage in range(1, NUM_STAGES + 1)),
+    # Growth starts at 8; below it, 64 heads of the last stage would leave the first stage less than one channel each.
+    Axis(name="proxy_embed_dim", choices=range(8, 257)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A point of the family: per stage the kernel K, splits S, expansion E and depth L; heads H and width C for all."""
+
+    kernels: tuple[int, ...]
+    splits: tuple[int, ...]
+    expansions: tuple[int, ...]
+    num_heads: int
+    depths: tuple[int, ...] = (1,) * NUM_STAGES
+    embed_dim: int = 32
+
+    def __post_init__(self) -> None:
+        columns = (("kernels", "K"), ("splits", "S"), ("expansions", "E"), ("depths", "L"))
+        for name, _ in columns:
+            if len(getattr(self, name)) != NUM_STAGES:
+                raise SpecError(f"As-ViT: {name} is {getattr(self, name)!r}; {NUM_STAGES} are needed, one for each stage")
+        for stage in range(NUM_STAGES):
+            for (name, letter), allowed in zip(columns, (KERNELS[stage], SPLITS[stage], EXPANSIONS, None), strict=True):
+                _check(f"{letter}{stage + 1}", getattr(self, name)[stage], allowed)
+        _check("H", self.num_heads, NUM_HEADS)
+        _check("C", self.embed_dim, None)
+        for stage, (width, heads) in enumerate(zip(self.embed_dims, self.heads, strict=True), 1):
+            if width < heads:
+                raise SpecError(f"As-ViT: C = {self.embed_dim} gives stage {stage} {width} channels, less than one for each of {heads} heads")
+
+    @property
+    def embed_dims(self) -> tuple[int, ...]:
+        return tuple(min(MAX_EMBED_DIM, self.embed_dim << stage) for stage in range(NUM_STAGES))
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        return tuple(self.num_heads >> (NUM_STAGES - 1 - stage) for stage in range(NUM_STAGES))
+
+    @classmethod
+    def parse(cls, text: str) -> Network:
+        """The network of a topology or scaled string; raises SpecError naming the field and what is allowed there."""
+        *stages, tail = fields = text.strip().split("|")
+        if len(stages) != NUM_STAGES:
+            raise SpecError(f"As-ViT string {text!r} has {len(fields)} fields between bars; allowed: 5, as in 8,2,3|4,1,2|4,1,4|4,1,6|32")
+        rows = [_integers(field, f"stage {number}", ("K", "S", "E", "L"), 3) for number, field in enumerate(stages, 1)]
+        heads, *width = _integers(tail, "the last field", ("H", "C"), 1)
+        kernels, splits, expansions, depths = zip(*((*row, 1)[:4] for row in rows), strict=True)
+        return cls(
+            kernels=kernels, splits=splits, expansions=expansions, depths=depths, num_heads=heads, **({"embed_dim": width[0]} if width else {})
+        )
+
+    def __str__(self) -> str:
+        """The topology string if all depths are 1 and the width is 32, else the scaled one; `parse` reads both."""
+        rows = zip(self.kernels, self.splits, self.expansions, self.depths, strict=True)
+        if self.depths == (1,) * NUM_STAGES and self.embed_dim == 32:
+            return "|".join([*(f"{k},{s},{e}" for k, s, e, _ in rows), f"{self.num_heads}"])
+        return "|".join([*(f"{k},{s},{e},{depth}" for k, s, e, depth in rows), f"{self.num_heads},{self.embed_dim}"])
+
+
+def _check(field: str, value: Any, allowed: tuple[int, ...] | None) -> None:
+    if type(value) is not int or (value not in allowed if allowed else value < 1):
+        meaning = f"one of {', '.join(map(str, allowed))}" if allowed else "a whole number above 0"
+        raise SpecError(f"As-ViT: {field} is {value!r}; allowed: {meaning}")
+
+
+def _integers(field: str, where: str, names: tuple[str, ...], num_required: int) -> tuple[int, ...]:
+    words = field.split(",")
+    if not num_required <= len(words) <= len(names):
+        forms = " or ".join(",".join(names[:count]) for count in range(num_required, len(names) + 1))
+        raise SpecError(f"As-ViT string: {where} is {field!r}; allowed: {forms}")
+    for name, word in zip(names, words, strict=False):
+        if not re.fullmatch(r"[0-9]{1,9}", word):
+            raise SpecError(f"As-ViT string: {name} of {where} is {word!r}; allowed: whole numbers")
+    return tuple(map(int, words))
+
+
+SEED = Network.parse("8,2,3|4,1,2|4,1,4|4,1,6|32")
+ASVIT_SMALL = Network.parse("8,2,3,3|4,1,2,1|4,1,4,4|4,1,6,2|32,88")
+ASVIT_BASE = Network.parse("8,2,3,3|4,1,2,1|4,1,4,5|4,1,6,2|32,116")
+ASVIT_LARGE = Network.parse("8,2,3,5|4,1,2,2|4,1,4,5|4,1,6,2|32,180")
+"""The published family. Large is written out in the released code; Small and Base follow from their parameters and MACs."""
+
+
+def spec(network: Network, *, img_size: int, num_classes: int = 1000) -> ArchSpec:
+    """The architecture at an image size in pixels, a multiple of 32 whose grids every window split divides."""
+    _check_img_size(img_size)
+    for stage, splits in enumerate(network.splits):
+        side = img_size >> (2 + stage)
+        if side % splits:
+            raise SpecError(f"As-ViT: S{stage + 1} = {splits} does not divide the grid of {side}x{side} patches at img_size {img_size}")
+    heads = network.heads
+    stages = tuple(
+        _stage(
+            network.embed_dims[stage],
+            heads[stage],
+            network.splits[stage],
+            network.expansions[stage],
+            network.depths[stage],
+            network.kernels[stage + 1] if stage + 1 < NUM_STAGES else None,
+        )
+        for stage in range(NUM_STAGES)
+    )
+    return ArchSpec(
+        stages=stages,
+        img_size=img_size,
+        num_classes=num_classes,
+        patch_embed=Component("conv", kernel=network.kernels[0], stride=4, norm=True),
+        norm=Component("layer_norm", eps=1e-5),
+        pooling=Component("mean"),
+        head=Component("tanh_mlp"),
+    )
+
+
+@lru_cache(maxsize=65536)
+def _stage(embed_dim: int, num_heads: int, splits: int, expansion: int, depth: int, merging_kernel: int | None) -> StageSpec:
+    block = BlockSpec(
+        mixer=Component("window_attention", num_heads=num_heads, head_dim=embed_dim // num_heads, splits=splits),
+        feed_forward=Component("mlp", hidden_dim=expansion * embed_dim),
+    )
+    merging = None if merging_kernel is None else Component("patch_merging", kernel=merging_kernel)
+    return StageSpec(embed_dim=embed_dim, blocks=(block,) * depth, downsampling=merging)
+
+
+def topology_space(*, img_size: int, proxy_img_size: int, num_classes: int) -> SearchSpace:
+    """The 4,556,250 seed topologies at width 32 and depth 1, scored at `proxy_img_size` pixels."""
+    return _search_space("as_vit/topology", AXES, _topology, lambda params: 32, 32, img_size, proxy_img_size, num_classes)
+
+
+def growth_space(*, img_size: int, proxy_img_size: int, num_classes: int) -> SearchSpace:
+    """Topologies with a depth for each stage and a width: networks 4 times as wide as the proxies that are scored."""
+    raise NotImplementedError
+
+
+def _topology(params: Mapping[str, Any], **size: Any) -> Network:
+    raise NotImplementedError

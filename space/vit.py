@@ -1,0 +1,183 @@
+"""The network of a spec: `VisionTransformer`, its construction, its initial weights and timm's weights.
+
+Module names are the paths of `layout`: `stages.0.blocks.1.mixer`. The model knows the kinds of components and their order and
+no component by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from space.component import AttentionTap
+from space.layout import layout
+from space.registry import SpecError
+from space.spec import ArchSpec
+
+
+class Block(nn.Module):
+    """A pre-norm residual block, `(B, N, C) -> (B, N', C)`; N' < N after a token reduction.
+
+    The token reduction stands between the two residuals and is given the mixer's attention tap if it declares one.
+    """
+
+    def __init__(self, path: str, take: Callable[[str], Any], tap: AttentionTap, drop_path: float):
+        super().__init__()
+        self.tap = tap
+        self.norm1 = take(f"{path}.norm1")
+        self.mixer = take(f"{path}.mixer")
+        self.token_reduction = take(f"{path}.token_reduction")
+        self.norm2 = take(f"{path}.norm2")
+        self.feed_forward = take(f"{path}.feed_forward")
+        self.drop_path = _drop_path(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tap:
+            mixed, tapped = self.mixer(self.norm1(x), tap=self.tap)
+            x = self.token_reduction(x + self.drop_path(mixed), tapped)
+        else:
+            x = x + self.drop_path(self.mixer(self.norm1(x)))
+            if self.token_reduction is not None:
+                x = self.token_reduction(x)
+        return x + self.drop_path(self.feed_forward(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Blocks of one width and the downsampling to the next stage: `(B, N, C) -> (B, N', C')`."""
+
+    def __init__(self, blocks: Iterable[Block], downsampling: nn.Module | None):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsampling = downsampling
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x if self.downsampling is None else self.downsampling(x)
+
+
+class VisionTransformer(nn.Module):
+    """The network of `spec`: images `(B, in_chans, img_size, img_size)` to logits `(B, num_classes)`."""
+
+    def __init__(self, spec: ArchSpec, *, drop_path: float = 0.0):
+        super().__init__()
+        self.spec = spec
+        parts = {part.path: part for part in layout(spec)}
+
+        def take(path: str) -> Any:
+            part = parts.get(path)
+            return None if part is None else part.module_class(part.shape, **part.arguments)
+
+        # As timm spaces them: from 0 at the first block to `drop_path` at the last.
+        rates = iter(index * drop_path / max(1, spec.depth - 1) for index in range(spec.depth))
+        self.patch_embed = take("patch_embed")
+        self.prefix = take("prefix")
+        self.position = take("position")
+        self.stages = nn.ModuleList()
+        for index, stage in enumerate(spec.stages):
+            paths = [f"stages.{index}.blocks.{number}" for number in range(len(stage.blocks))]
+            blocks = [Block(path, take, parts[f"{path}.mixer"].tap, next(rates)) for path in paths]
+            self.stages.append(Stage(blocks, take(f"stages.{index}.downsampling")))
+        self.norm = take("norm")
+        self.pooling = take("pooling")
+        self.head = take("head")
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """Tokens `(B, N, C)` after the last stage, prefix first, before the final norm."""
+        x = self.patch_embed(x)
+        if self.prefix is not None:
+            x = self.prefix(x)
+        if self.position is not None:
+            x = self.position(x)
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pooling(self.norm(self.forward_tokens(x))))
+
+
+def build(spec: ArchSpec, *, generator: torch.Generator | None = None, drop_path: float = 0.0) -> VisionTransformer:
+    """The initialised network on the CPU, in training mode; without a generator PyTorch's global one draws the weights.
+
+    `drop_path` is the stochastic depth of the last block, falling linearly to 0 at the first.
+    """
+    if not 0.0 <= drop_path < 1.0:
+        raise ValueError(f"drop_path is {drop_path!r}; allowed: from 0 to below 1")
+    # Constructors draw weights of their own, which are overwritten: a caller's global stream should not notice.
+    with torch.random.fork_rng(devices=[]):
+        model = VisionTransformer(spec, drop_path=drop_path)
+    initialize(model, generator)
+    return model
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, generator: torch.Generator | None) -> None:
+    """Draw every parameter anew, a pure function of the generator's state.
+
+    Linear layers truncated normal of std 0.02 with bias 0, norms 1 and 0, convolutions PyTorch's default (Kaiming uniform,
+    a = sqrt 5, as timm and As-ViT leave them); what is none of these is drawn by its component's `init_weights`.
+    """
+    # Inner modules first, so that a component may overrule what its layers were given.
+    for module in reversed(list(model.modules())):
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm):
+            module.reset_parameters()  # ones and zeros: nothing is drawn
+        if hasattr(module, "declaration") and hasattr(module, "init_weights"):
+            module.init_weights(generator)  # type: ignore[operator]
+
+
+def load_timm_state_dict(model: VisionTransformer, state_dict: Mapping[str, Tensor]) -> None:
+    """Load the weights of a timm `VisionTransformer` of the same architecture.
+
+    Raises SpecError naming what is missing, left over or of another shape; the model is then unchanged.
+    """
+    if len(model.spec.stages) != 1:
+        raise SpecError(f"timm's VisionTransformer has one stage, this network {len(model.spec.stages)}")
+    weights = {_from_timm(name): weight for name, weight in state_dict.items()}
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own.keys() - weights.keys()]
+    problems += [f"left over {name}" for name in weights.keys() - own.keys()]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)} and should be {tuple(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if own[name].shape != weights[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise SpecError(f"timm's weights are of another architecture: {'; '.join(sorted(problems)[:6])}{more}")
+    model.load_state_dict(weights)
+
+
+_TIMM_NAMES = {
+    "cls_token": "prefix.class_token",
+    "reg_token": "prefix.registers",
+    "pos_embed": "position.pos_embed",
+    "blocks": "stages.0.blocks",
+    "attn": "mixer",
+    "mlp": "feed_forward.mlp",
+}
+
+
+def _from_timm(name: str) -> str:
+    return ".".join(_TIMM_NAMES.get(step, step) for step in name.split("."))
+
+
+def _drop_path(rate: float) -> nn.Module:
+    if rate == 0.0:
+        return nn.Identity()
+    from timm.layers import DropPath
+
+    return DropPath(rate)

@@ -1,0 +1,115 @@
+"""The command line as a user meets it: what it prints, and one clear line for every mistake, before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, run_command
+
+SEED = "as_vit:8,2,3|4,1,2|4,1,4|4,1,6|32"
+
+
+def test_list_names_what_there_is_without_importing_the_heavy_libraries(tmp_path: Path):
+    listed = run_command("list", cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert listed.returncode == 0, listed.stderr
+    for name in ("as_vit", "smoke", "deit_small", "mixer window_attention", "pooling ggem", "profile", "policy_gradient", "nsga2"):
+        assert f"  {name} " in listed.stdout
+    imported = {line.split("|")[-1].strip() for line in listed.stderr.splitlines()}
+    assert not imported & {"torch", "timm", "ray", "optuna", "mlflow", "pandas", "numpy"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["as_vit", "--help"], ["describe", "--help"], ["evaluate", "--help"]])
+def test_help_is_there_and_imports_nothing_heavy(tmp_path: Path, arguments: list[str]):
+    shown = run_command(*arguments, cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert shown.returncode == 0
+    assert "usage:" in shown.stdout
+    imported = {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
+    assert not imported & {"torch", "timm", "ray", "optuna", "mlflow", "pandas"}
+
+
+def test_describe_gives_exact_integers_that_add_up(tmp_path: Path):
+    described = json.loads(run_command("describe", "deit_small", "--json", cwd=tmp_path).stdout)
+    assert described.keys() == {"digest", "params", "macs", "fvcore_macs", "parts", "spec"}
+    assert (described["params"], described["macs"], described["fvcore_macs"]) == (22_050_664, 4_598_882_304, 4_608_338_304)
+    for count in ("params", "macs", "fvcore_macs"):
+        assert sum(part[count] for part in described["parts"].values()) == described[count]
+
+
+def test_a_described_spec_is_found_again_by_its_file(tmp_path: Path):
+    described = json.loads(run_command("describe", SEED, "--json", cwd=tmp_path).stdout)
+    (tmp_path / "spec.json").write_text(json.dumps(described["spec"]))
+    again = json.loads(run_command("describe", "spec.json", "--json", cwd=tmp_path).stdout)
+    assert again == described
+
+
+def test_evaluate_measures_one_model_now(tmp_path: Path):
+    spec = json.loads(run_command("describe", SEED, "--json", cwd=tmp_path).stdout)["spec"]
+    (tmp_path / "small.json").write_text(json.dumps({**spec, "img_size": 64}))
+    flags = ["--evaluators", "as_vit,cost", "--seed", "3", "--set", "as_vit.mode=reference", "--set", "as_vit.num_repeats=2", "--json"]
+    first, second = (run_command("evaluate", "small.json", *flags, cwd=tmp_path) for _ in range(2))
+    measured = json.loads(first.stdout)
+    assert measured.keys() == {"digest", "values", "elapsed_s", "device", "versions", "seed"}
+    assert measured["seed"] == 3
+    assert {"length_distortion", "ntk_condition", "params_m", "gmacs"} <= measured["values"].keys()
+    assert json.loads(second.stdout)["values"] == measured["values"]
+
+
+MISTAKES = {
+    "unknown study": (["as_vitt"], "unknown study or command 'as_vitt'; did you mean 'as_vit'?"),
+    "unknown model": (["describe", "deit_smal"], "did you mean 'deit_small'"),
+    "unknown evaluator": (["evaluate", "deit_small", "--evaluators", "profil"], "unknown evaluator 'profil'; did you mean 'profile'?"),
+    "unknown strategy": (["as_vit", "--strategy", "tpee"], "unknown strategy 'tpee'; did you mean 'tpe'?"),
+    "unknown setting": (["as_vit", "--set", "as_vit.mod=x"], "unknown setting 'mod'"),
+    "setting not allowed": (["as_vit", "--set", "as_vit.mode=fast"], "allowed: default, reference"),
+    "settings of another evaluator": (["as_vit", "--set", "profile.batch_size=2"], "unknown evaluator 'profile' in --set"),
+    "malformed topology": (["describe", "as_vit:9,2,3|4,1,2|4,1,4|4,1,6|32"], "4, 5, 6, 7, 8"),
+    "budget too small": (["as_vit", "--max-params-m", "0.01"], "--max-params-m 0.01 is below the cheapest network"),
+    "unreachable compute budget": (["smoke", "--max-gmacs", "1e-9"], "--max-gmacs 1e-09 is below the cheapest network"),
+    "no such data": (["as_vit", "--data", "folder:/does/not/exist"], "/does/not/exist does not exist"),
+    "data without an image": (["as_vit", "--data", "folder:."], "image"),
+    "unknown kind of data": (["as_vit", "--data", "floder:."], "did you mean 'folder'?"),
+    "image size": (["as_vit", "--img-size", "100"], "32"),
+    "unreachable storage": (
+        ["smoke", "--storage", "sqlite:////does/not/exist/o.db"],
+        "Optuna storage 'sqlite:////does/not/exist/o.db' cannot be opened",
+    ),
+    "not a number": (["as_vit", "--trials", "0"], "--trials: 0 is not above 0"),
+    "unknown digest": (["describe", "0123456789abcdef"], "no leaderboard entry has the digest '0123456789abcdef'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_gets_one_clear_line_and_status_2(tmp_path: Path, arguments: list[str], words: str):
+    done = run_command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if "error:" in line]) == 1
+    assert not (tmp_path / "runs" / "work").exists()
+
+
+def test_an_unknown_component_of_a_spec_file_is_named_with_the_nearest(tmp_path: Path):
+    spec = json.loads(run_command("describe", "deit_tiny", "--json", cwd=tmp_path).stdout)["spec"]
+    (tmp_path / "typo.json").write_text(json.dumps({**spec, "pooling": ["clas_token"]}))
+    done = run_command("describe", "typo.json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "did you mean 'class_token'?" in done.stderr
+
+
+def test_a_tracking_server_that_does_not_answer_is_named(tmp_path: Path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = run_command("smoke", "--tracking-uri", f"http://127.0.0.1:{port}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"http://127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_script_is_executable_as_it_stands():
+    assert os.access(REPOSITORY / "search" / "run.py", os.X_OK)
+    assert (REPOSITORY / "search" / "run.py").read_text().startswith("#!")

@@ -1,0 +1,49 @@
+"""What a person sees while a phase runs."""
+
+from __future__ import annotations
+
+import io
+
+from search.progress import Progress, Status
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def status(complete: int, **fields) -> Status:
+    return Status(**{"title": "as_vit/topology", "complete": complete, "total": 10, "running": 2, **fields})
+
+
+def test_a_log_gets_a_line_now_and_then_with_rate_and_eta():
+    now, stream = [0.0], io.StringIO()
+    progress = Progress(stream, lambda: now[0])
+    for second in range(25):
+        now[0] = float(second)
+        progress.show(status(second // 5, best="length_distortion 0.5"))
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        "as_vit/topology  0/10 done, 2 running | best length_distortion 0.5 | 0:00 elapsed",
+        "as_vit/topology  2/10 done, 2 running | best length_distortion 0.5 | 12.0/min | ETA 0:40 | 0:10 elapsed",
+        "as_vit/topology  4/10 done, 2 running | best length_distortion 0.5 | 12.0/min | ETA 0:30 | 0:20 elapsed",
+    ]
+
+
+def test_a_terminal_gets_one_line_rewritten():
+    now, stream = [0.0], Terminal()
+    progress = Progress(stream, lambda: now[0])
+    progress.show(status(1, failed=3, pruned=2))
+    now[0] = 1.0
+    progress.show(status(10, running=0), final=True)
+    assert "3 failed, 2 over budget" in stream.getvalue()
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_trials_of_an_earlier_run_do_not_count_into_the_rate():
+    now, stream = [0.0], io.StringIO()
+    progress = Progress(stream, lambda: now[0])
+    progress.show(status(8))
+    now[0] = 60.0
+    progress.show(status(9))
+    assert "1.0/min | ETA 1:00" in stream.getvalue()

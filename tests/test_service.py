@@ -1,0 +1,157 @@
+"""Whole studies through the command line: run, resume, refuse, archive, and drive alone through Optuna."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import optuna
+import pytest
+from conftest import run_command
+from optuna.trial import TrialState
+
+import search
+from results.leaderboard import load
+from results.paths import RunPaths
+from results.tracking import mlflow_client, search_runs
+from search.storage import open_storage
+from search.study import SettingsError
+
+pytestmark = pytest.mark.slow
+
+AS_VIT = ["as_vit", "--img-size", "32", "--max-params-m", "3", "--set", "as_vit.num_repeats=2", "--set", "as_vit.ntk_batch_size=4"]
+
+
+def run_study(folder: Path, *arguments: str):
+    done = run_command(*arguments, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def optuna_study(folder: Path, name: str) -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=open_storage(folder / "runs" / "optuna.journal"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which as_vit has run to its end."""
+    folder = tmp_path_factory.mktemp("as_vit")
+    output = run_study(folder, *AS_VIT, "--trials", "8").stdout
+    (folder / "output.txt").write_text(output)
+    return folder
+
+
+def test_topology_and_growth_run_to_the_end_and_agree_in_all_ledgers(finished: Path):
+    topology, growth = (optuna_study(finished, f"as_vit/{phase}") for phase in ("topology", "growth"))
+    assert len(topology.get_trials(states=(TrialState.COMPLETE,))) == 8
+    grown = growth.get_trials(states=(TrialState.COMPLETE,))
+    assert grown
+    frame = load(RunPaths(finished / "runs").mlflow_uri, "as_vit")
+    for study, phase in ((topology, "topology"), (growth, "growth")):
+        values = {trial.number: trial.values[0] for trial in study.get_trials(states=(TrialState.COMPLETE,))}
+        rows = frame[frame.phase == phase]
+        assert {row.trial: row.length_distortion for row in rows.itertuples()}.items() <= values.items()
+
+
+def test_grown_networks_tell_what_was_scored_from_what_is_reported(finished: Path):
+    frame = load(RunPaths(finished / "runs").mlflow_uri, "as_vit")
+    growth = frame[frame.phase == "growth"]
+    assert (growth.proxy_digest != growth.digest).all()
+    seed = growth[growth.label.str.endswith(",32") | ~growth.label.str.contains("|", regex=False)]
+    assert len(seed) >= 0
+    described = json.loads(run_command("describe", growth.digest.iloc[0], "--json", cwd=finished).stdout)
+    assert described["params"] == round(growth.params_m.iloc[0] * 1e6)
+    assert growth.params_m.max() <= 3
+
+
+def test_growth_starts_from_the_best_topology_and_yields_a_family_of_rising_size(finished: Path):
+    from search.studies.as_vit import best_topology
+    from search.study import RunSettings, studies
+    from space.as_vit import TOPOLOGY_AXES
+
+    definition = studies.get("as_vit")(RunSettings(study="as_vit", runs=finished / "runs", img_size=32))
+    best = best_topology(optuna_study(finished, "as_vit/topology"), definition.phase("topology").goals)
+    grown = optuna_study(finished, "as_vit/growth").get_trials(states=(TrialState.COMPLETE,))
+    assert all({axis: trial.params[axis] for axis in TOPOLOGY_AXES} == best.params for trial in grown)
+    frame = load(RunPaths(finished / "runs").mlflow_uri, "as_vit")
+    family = frame[frame.family_step.notna()].sort_values("family_step")
+    assert len(family) >= 2
+    assert family.params_m.is_monotonic_increasing
+
+
+def test_the_leaderboard_is_printed_and_attached_to_the_parent_run(finished: Path):
+    output = (finished / "output.txt").read_text()
+    assert "length_distortion" in output
+    client = mlflow_client(RunPaths(finished / "runs").mlflow_uri)
+    experiment = client.get_experiment_by_name("as_vit")
+    (parent,) = search_runs(client, [experiment.experiment_id], "tags.kind = 'invocation'")
+    assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} >= {
+        "leaderboard.csv",
+        "leaderboard.html",
+        "leaderboard.png",
+    }
+    assert "|" in parent.data.tags["mlflow.note.content"]
+    assert parent.info.status == "FINISHED"
+
+
+def test_running_the_same_command_again_changes_nothing(finished: Path):
+    before = [trial.state for trial in optuna_study(finished, "as_vit/growth").trials]
+    again = run_study(finished, *AS_VIT, "--trials", "8")
+    assert "8/8 done" in again.stdout
+    assert [trial.state for trial in optuna_study(finished, "as_vit/growth").trials] == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (["--img-size", "64"], "img_size was 32, now 64"),
+        (["--set", "as_vit.num_angles=4"], "settings.num_angles was 10, now 4"),
+        (["--seed", "5"], "seed was 0, now 5"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_with_the_difference(finished: Path, flags: list[str], difference: str):
+    refused = run_command(*AS_VIT, "--trials", "9", *flags, cwd=finished)
+    assert refused.returncode == 2
+    assert difference in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_resuming_with_another_space_is_refused(finished: Path):
+    refused = run_command("smoke", "--name", "as_vit", cwd=finished)
+    assert refused.returncode in (0, 2)
+    storage = open_storage(finished / "runs" / "optuna.journal")
+    from search.study import RunSettings, open_phase, studies
+
+    smoke = studies.get("smoke")(RunSettings(study="smoke", runs=finished / "runs"))
+    with pytest.raises(SettingsError, match="space"):
+        open_phase("as_vit/topology", smoke.phases[0], RunSettings(study="smoke", runs=finished / "runs"), "digits", storage)
+
+
+def test_fresh_sets_the_old_study_aside_and_deletes_nothing(tmp_path: Path):
+    run_study(tmp_path, "smoke", "--trials", "3")
+    first = {trial.values[0] for trial in optuna_study(tmp_path, "smoke/search").trials}
+    run_study(tmp_path, "smoke", "--trials", "2", "--seed", "1", "--fresh")
+    names = optuna.get_all_study_names(open_storage(tmp_path / "runs" / "optuna.journal"))
+    (archived,) = [name for name in names if name.startswith("smoke@")]
+    assert {trial.values[0] for trial in optuna_study(tmp_path, archived).trials} == first
+    assert len(optuna_study(tmp_path, "smoke/search").trials) == 2
+    uri = RunPaths(tmp_path / "runs").mlflow_uri
+    assert len(load(uri, archived.partition("/")[0])) == 3
+    assert len(load(uri, "smoke")) == 2
+
+
+def test_a_study_is_driven_alone_through_optuna(tmp_path: Path):
+    settings = {"runs": tmp_path / "runs", "img_size": 32}
+    study = search.open_study("smoke/search", **settings)
+    study.optimize(search.objective("smoke/search", **settings), n_trials=3)
+    loaded = optuna.load_study(study_name="smoke/search", storage=open_storage(tmp_path / "runs" / "optuna.journal"))
+    assert [trial.values for trial in loaded.trials] == [trial.values for trial in study.trials]
+    assert {"digest", "label", "length_distortion", "params_m"} <= loaded.trials[0].user_attrs["result"].keys()
+
+
+@pytest.mark.parametrize("strategy", ["random", "tpe", "nsga2", "policy_gradient", "policy_gradient_merit"])
+def test_every_strategy_searches_the_smoke_space(tmp_path: Path, strategy: str):
+    run_study(tmp_path, "smoke", "--trials", "4", "--strategy", strategy, "--max-params-m", "0.12", "--set", "as_vit.num_repeats=2")
+    trials = optuna_study(tmp_path, "smoke/search").get_trials(states=(TrialState.COMPLETE,))
+    assert len(trials) == 4
+    assert all(trial.user_attrs["result"]["params_m"] <= 0.12 for trial in trials)

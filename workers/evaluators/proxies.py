@@ -1,0 +1,26 @@
+"""What costs nothing to know of a network: the baselines that every expensive score has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from results.records import Metric
+from space.cost import cost as counts
+from space.spec import ArchSpec
+from workers.evaluator import Context, NoSettings, evaluator
+
+
+@evaluator(
+    "cost",
+    metrics=(
+        Metric("params_m", "minimize", "parameters, millions"),
+        Metric("gmacs", "minimize", "multiply-adds for one image, 1e9"),
+        Metric("depth", "minimize", "blocks"),
+    ),
+    is_free=True,
+    memory_mb=0,
+)
+def cost(model: ArchSpec, context: Context, settings: NoSettings) -> Mapping[str, float]:
+    """Parameters, MACs and depth by exact arithmetic, without building the network."""
+    counted = counts(model)
+    return {"params_m": counted.params / 1e6, "gmacs": counted.macs / 1e9, "depth": model.depth}
