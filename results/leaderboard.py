@@ -405,6 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def print_results(results: StudyResults, top: int) -> None:
+    """The head of each phase's table, the families, and what the expensive scores add."""
     """Print the head of every phase's table, the family it grew, and what the expensive scores add."""
     if not results.phases:
         num_failed = sum(sum(kinds.values()) for kinds in results.num_failed.values())

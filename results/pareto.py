@@ -55,10 +55,12 @@ def _general_front(costs: np.ndarray) -> np.ndarray:
 
 
 def mean_ranks(costs: np.ndarray) -> np.ndarray:
-    """The mean over objectives of each row's rank (1 is best, ties share their mean rank; missing values come last): (n,).
+    """The mean over objectives of each row's rank (1 is best, ties share their mean rank): (n,).
 
-    If one row dominates another its mean rank is smaller, so the best row is always on the Pareto front.
+    If one row dominates another its mean rank is smaller, so the best row is always on the Pareto front. A row with a
+    missing value comes last in every objective.
     """
     from scipy.stats import rankdata
 
-    return rankdata(np.where(np.isnan(costs), np.inf, costs), axis=0).mean(axis=1)
+    is_missing = np.isnan(costs).any(axis=1, keepdims=True)
+    return rankdata(np.where(is_missing, np.inf, costs), axis=0).mean(axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -213,7 +214,9 @@ def open_phase(name: str, phase: Phase, run: RunSettings, data_fingerprint: str,
     )
     stored = opened.user_attrs.get(SETTINGS_ATTRIBUTE)
     if stored is None:
-        opened.set_metric_names(list(phase.objectives))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            opened.set_metric_names(list(phase.objectives))
         opened.set_user_attr(SETTINGS_ATTRIBUTE, wanted)
     elif differences := list(_differences(stored, wanted)):
         raise SettingsError(

@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from space.registry import SpecError
 from space.search_space import Axis, Candidate, SearchSpace
-from space.spec import ArchSpec, BlockSpec, Component, StageSpec, with_img_size
+from space.spec import ArchSpec, BlockSpec, Component, StageSpec, full_choices, with_img_size
 
 NUM_STAGES = 4
 MAX_EMBED_DIM = 1024
+INIT_STD = 0.02
 PROXY_SCALE = 4
 """A grown network is this many times as wide as the proxy that is scored in its place."""
 
@@ -72,7 +73,7 @@ class Network:
         _check("C", self.embed_dim, None)
         for stage, (width, heads) in enumerate(zip(self.embed_dims, self.heads, strict=True), 1):
             if width < heads:
-                raise SpecError(f"As-ViT: C = {self.embed_dim} gives stage {stage} {width} channels, less than one for each of {heads} heads")
+                raise SpecError(f"As-ViT: C = {self.embed_dim} gives stage {stage} {width} channels; {heads} heads need at least {heads}")
 
     @property
     def embed_dims(self) -> tuple[int, ...]:
@@ -89,11 +90,9 @@ class Network:
         if len(stages) != NUM_STAGES:
             raise SpecError(f"As-ViT string {text!r} has {len(fields)} fields between bars; allowed: 5, as in 8,2,3|4,1,2|4,1,4|4,1,6|32")
         rows = [_integers(field, f"stage {number}", ("K", "S", "E", "L"), 3) for number, field in enumerate(stages, 1)]
-        heads, *width = _integers(tail, "the last field", ("H", "C"), 1)
+        heads, width = (*_integers(tail, "the last field", ("H", "C"), 1), cls.embed_dim)[:2]
         kernels, splits, expansions, depths = zip(*((*row, 1)[:4] for row in rows), strict=True)
-        return cls(
-            kernels=kernels, splits=splits, expansions=expansions, depths=depths, num_heads=heads, **({"embed_dim": width[0]} if width else {})
-        )
+        return cls(kernels=kernels, splits=splits, expansions=expansions, depths=depths, num_heads=heads, embed_dim=width)
 
     def __str__(self) -> str:
         """The topology string if all depths are 1 and the width is 32, else the scaled one; `parse` reads both."""
@@ -134,17 +133,11 @@ def spec(network: Network, *, img_size: int, num_classes: int = 1000) -> ArchSpe
         side = img_size >> (2 + stage)
         if side % splits:
             raise SpecError(f"As-ViT: S{stage + 1} = {splits} does not divide the grid of {side}x{side} patches at img_size {img_size}")
-    heads = network.heads
+    mergings = (*(Component("patch_merging", kernel=kernel) for kernel in network.kernels[1:]), None)
+    blocks = map(_block, network.embed_dims, network.heads, network.splits, network.expansions)
     stages = tuple(
-        _stage(
-            network.embed_dims[stage],
-            heads[stage],
-            network.splits[stage],
-            network.expansions[stage],
-            network.depths[stage],
-            network.kernels[stage + 1] if stage + 1 < NUM_STAGES else None,
-        )
-        for stage in range(NUM_STAGES)
+        StageSpec(embed_dim=width, blocks=(block,) * depth, downsampling=merging)
+        for width, block, depth, merging in zip(network.embed_dims, blocks, network.depths, mergings, strict=True)
     )
     return ArchSpec(
         stages=stages,
@@ -158,24 +151,99 @@ def spec(network: Network, *, img_size: int, num_classes: int = 1000) -> ArchSpe
 
 
 @lru_cache(maxsize=65536)
-def _stage(embed_dim: int, num_heads: int, splits: int, expansion: int, depth: int, merging_kernel: int | None) -> StageSpec:
-    block = BlockSpec(
+def _block(embed_dim: int, num_heads: int, splits: int, expansion: int) -> BlockSpec:
+    return BlockSpec(
         mixer=Component("window_attention", num_heads=num_heads, head_dim=embed_dim // num_heads, splits=splits),
         feed_forward=Component("mlp", hidden_dim=expansion * embed_dim),
     )
-    merging = None if merging_kernel is None else Component("patch_merging", kernel=merging_kernel)
-    return StageSpec(embed_dim=embed_dim, blocks=(block,) * depth, downsampling=merging)
 
 
 def topology_space(*, img_size: int, proxy_img_size: int, num_classes: int) -> SearchSpace:
-    """The 4,556,250 seed topologies at width 32 and depth 1, scored at `proxy_img_size` pixels."""
-    return _search_space("as_vit/topology", AXES, _topology, lambda params: 32, 32, img_size, proxy_img_size, num_classes)
+    """The 4,556,250 seed topologies at width 32 and depth 1, each scored at `proxy_img_size` pixels."""
+    _check_img_size(img_size)
+    _check_img_size(proxy_img_size)
+
+    def decode(params: Mapping[str, Any]) -> Candidate:
+        network = _network(params, depths=(1,) * NUM_STAGES, embed_dim=32)
+        model = spec(network, img_size=img_size, num_classes=num_classes)
+        proxy = None if proxy_img_size == img_size else with_img_size(model, proxy_img_size)
+        return Candidate(model=model, proxy=proxy, label=str(network))
+
+    return SearchSpace(name="as_vit/topology", axes=AXES, decode=decode)
 
 
 def growth_space(*, img_size: int, proxy_img_size: int, num_classes: int) -> SearchSpace:
-    """Topologies with a depth for each stage and a width: networks 4 times as wide as the proxies that are scored."""
-    raise NotImplementedError
+    """Topologies with depths and a width; the proxy that is scored has a quarter of the network's width and its depths."""
+    _check_img_size(img_size)
+    _check_img_size(proxy_img_size)
+
+    def decode(params: Mapping[str, Any]) -> Candidate:
+        depths = tuple(params[f"depth{stage}"] for stage in range(1, NUM_STAGES + 1))
+        width = params["proxy_embed_dim"]
+        network = _network(params, depths=depths, embed_dim=PROXY_SCALE * width)
+        narrow = _network(params, depths=depths, embed_dim=width)
+        return Candidate(
+            model=spec(network, img_size=img_size, num_classes=num_classes),
+            proxy=spec(narrow, img_size=proxy_img_size, num_classes=num_classes),
+            label=str(network),
+        )
+
+    return SearchSpace(name="as_vit/growth", axes=AXES + GROWTH_AXES, decode=decode)
 
 
-def _topology(params: Mapping[str, Any], **size: Any) -> Network:
-    raise NotImplementedError
+def length_distortion_closed_form(model: ArchSpec | Network, num_angles: int = 10, *, img_size: int | None = None) -> float:
+    """What the length distortion L^E of an untrained As-ViT comes to without computing it: about C^2 K2 K3 K4.
+
+    L^E is the reference's sum of speeds over `num_angles` points of a circle of radius 1. Without norms and with weights
+    of std 0.02, residual branches add about a percent, and the speed passes through the trunk alone:
+
+    - the tangent has norm 1 over the in_chans * img_size^2 pixels; the patch embedding, of variance 1 / (3 fan_in), gives
+      each channel of each token the variance 1 / (3 * in_chans * img_size^2), whatever its kernel;
+    - a merging multiplies the variance by its fan_in K^2 * dim times 0.02^2;
+    - the mean over the last stage's grid divides it by its number of tokens, and the norm adds up its channels.
+
+    Measured networks at 224 pixels lie up to 9 percent below it, for the zero padding of the mergings; the smaller the
+    grids, the more. `img_size` is read from an ArchSpec and 224 for a Network unless given. Raises SpecError for a spec
+    that is not an As-ViT: a convolution, then stages joined by patch merging, without prefix tokens and position embedding.
+    """
+    if isinstance(model, Network):
+        model = spec(model, img_size=img_size or 224)
+    elif img_size is not None:
+        model = with_img_size(model, img_size)
+    *stages, last = model.stages
+    mergings = [stage.downsampling for stage in stages]
+    if (
+        not mergings
+        or any(merging is None or merging.name != "patch_merging" for merging in mergings)
+        or model.patch_embed.name != "conv"
+        or model.prefix is not None
+        or model.position is not None
+    ):
+        raise SpecError(
+            "the closed form holds for As-ViT alone: a 'conv' patch_embed, two or more stages joined by 'patch_merging', "
+            "neither prefix nor position"
+        )
+    choices = full_choices("patch_embed", model.patch_embed)
+    last_side = model.img_size // (int(choices["stride"]) * 2 ** len(stages))
+    variance = 1 / (3 * model.in_chans * model.img_size**2)
+    for stage in stages:
+        assert stage.downsampling is not None
+        kernel = int(stage.downsampling.choices["kernel"])
+        variance *= kernel**2 * stage.embed_dim * INIT_STD**2
+    return num_angles * math.sqrt(last.embed_dim * variance / last_side**2)
+
+
+def _network(params: Mapping[str, Any], *, depths: tuple[int, ...], embed_dim: int) -> Network:
+    return Network(
+        kernels=(params["K1"], params["K2"], params["K3"], params["K4"]),
+        splits=(params["S1"], params["S2"], params["S3"], 1),
+        expansions=(params["E1"], params["E2"], params["E3"], params["E4"]),
+        num_heads=params["HEAD"],
+        depths=depths,
+        embed_dim=embed_dim,
+    )
+
+
+def _check_img_size(img_size: int) -> None:
+    if type(img_size) is not int or img_size < 32 or img_size % 32:
+        raise SpecError(f"As-ViT: img_size is {img_size!r}; allowed: multiples of 32, the stride of the last stage")

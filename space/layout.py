@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from space.component import SETS_WIDTH, AttentionTap, Cost, ImageShape, TokenShape, components
+from space.component import AttentionTap, Cost, ImageShape, TokenShape, components
 from space.registry import SpecError
 from space.spec import ArchSpec, BlockSpec, Component, full_choices
 
@@ -45,11 +45,8 @@ class Group:
     """Parts that stand together, a block's or a single one, with paths relative to the group, and their summed cost."""
 
     parts: tuple[Part, ...]
+    output_shape: TokenShape
     cost: Cost
-
-    @property
-    def output_shape(self) -> TokenShape:
-        return self.parts[-1].output_shape
 
 
 def layout(spec: ArchSpec) -> tuple[Part, ...]:
@@ -71,10 +68,12 @@ def groups(spec: ArchSpec) -> Iterator[tuple[str, Group]]:
     for index, stage in enumerate(spec.stages):
         for number, block in enumerate(stage.blocks):
             where = f"stages.{index}.blocks.{number}."
-            try:
-                group = _block_group(block, spec.norm, group.output_shape)
-            except SpecError as error:
-                raise SpecError(f"{where}{error}") from error
+            # The same block again on the same shape: most of a deep stage, and dearer to look up than to compare.
+            if number == 0 or block is not stage.blocks[number - 1] or group.output_shape is not group.parts[0].shape:
+                try:
+                    group = _block_group(block, spec.norm, group.output_shape)
+                except SpecError as error:
+                    raise SpecError(f"{where}{error}") from error
             yield where, group
         if stage.downsampling is not None:
             where = f"stages.{index}.downsampling"
@@ -98,7 +97,7 @@ def _image_shape(spec: ArchSpec) -> ImageShape:
 @lru_cache(maxsize=65536)
 def _part_group(path: str, kind: str, component: Component, shape: Any, out_dim: int | None) -> Group:
     part = _place(path, kind, component, shape, out_dim)
-    return Group(parts=(part,), cost=part_cost(part))
+    return Group(parts=(part,), output_shape=part.output_shape, cost=part_cost(part))
 
 
 @lru_cache(maxsize=65536)
@@ -122,7 +121,7 @@ def _block_group(block: BlockSpec, norm: Component, shape: TokenShape) -> Group:
                 f"mixer {mixer.name!r} offers {mixer.offers_tap.name}"
             )
         parts[1] = parts[1]._replace(tap=reduction.attention_tap)
-    return Group(parts=tuple(parts), cost=sum(map(part_cost, parts), Cost()))
+    return Group(parts=tuple(parts), output_shape=shape, cost=sum(map(part_cost, parts), Cost()))
 
 
 def _place(path: str, kind: str, component: Component, shape: Any, out_dim: int | None) -> Part:
@@ -133,11 +132,9 @@ def _place(path: str, kind: str, component: Component, shape: Any, out_dim: int 
         raise SpecError(f"{where} needs the patches on a grid, but an earlier part breaks the grid up")
     if declared.needs_class_token and not shape.has_class_token:
         raise SpecError(f"{where} needs a class token; add the prefix 'class_token'")
-    arguments = full_choices(kind, component)
-    if kind in SETS_WIDTH:
-        arguments["out_dim"] = out_dim
+    width = {} if out_dim is None else {"out_dim": out_dim}
     try:
-        output = cls.output_shape(shape, **arguments) if hasattr(cls, "output_shape") else shape
+        output = cls.output_shape(shape, **full_choices(kind, component), **width) if hasattr(cls, "output_shape") else shape
     except SpecError as error:
         raise SpecError(f"{where}: {error}") from error
-    return Part(path, kind, component, shape, output, out_dim if kind in SETS_WIDTH else None)
+    return Part(path, kind, component, shape, output, out_dim)

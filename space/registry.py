@@ -96,7 +96,8 @@ class Registry(Generic[T]):
 
 def _modules(package: str) -> Iterator[tuple[str, Path]]:
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations, f"{package} is not a package"
+    assert spec is not None, f"{package} does not exist"
+    assert spec.submodule_search_locations, f"{package} is not a package"
     for root in map(Path, spec.submodule_search_locations):
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
@@ -110,7 +111,7 @@ def _decorated(path: Path, decorator: str) -> Iterator[tuple[tuple[str, ...], st
             continue
         for call in node.decorator_list:
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator:
-                key = tuple(arg.value for arg in call.args if isinstance(arg, ast.Constant))
+                key = tuple(arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
                 assert len(key) == len(call.args) > 0, f"{path}:{node.lineno}: @{decorator} takes literal names"
                 yield key, _first_line(ast.get_docstring(node))
 

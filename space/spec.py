@@ -163,7 +163,7 @@ class ArchSpec:
     def from_json(cls, data: Mapping[str, Any]) -> ArchSpec:
         """The spec of `to_json`'s object; raises SpecError saying which field is wrong."""
         if not isinstance(data, Mapping) or data.get("model") != "arch":
-            raise SpecError("not the JSON of an architecture: an object with \"model\": \"arch\" is expected")
+            raise SpecError('not the JSON of an architecture: an object with "model": "arch" is expected')
         return _from_json(cls, {key: value for key, value in data.items() if key != "model"}, "spec")
 
 

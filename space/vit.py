@@ -178,6 +178,6 @@ def _from_timm(name: str) -> str:
 def _drop_path(rate: float) -> nn.Module:
     if rate == 0.0:
         return nn.Identity()
-    from timm.layers import DropPath
+    from timm.layers.drop import DropPath
 
     return DropPath(rate)

@@ -1,5 +1,6 @@
 import io
 import os
+import re
 import tarfile
 
 import numpy as np
@@ -154,9 +155,8 @@ def test_bad_sources_are_refused_in_one_line(folder, archive, tmp_path):
         f"tar:{tmp_path / 'void.tar'}": "not a tar archive",
     }
     for source, words in expected.items():
-        with pytest.raises(ValueError, match=".") as refusal:
+        with pytest.raises(ValueError, match=re.escape(words)) as refusal:
             check_source(source)
-        assert words in str(refusal.value)
         assert "\n" not in str(refusal.value)
 
 

@@ -10,14 +10,26 @@ from torch import nn
 
 from space.as_vit import Network, spec
 from space.cost import cost
-from workers.evaluator import Call, Context, EvaluationError, evaluators
+from space.registry import SpecError
+from space.spec import Component
+from workers.evaluator import Call, Context, NoSettings, evaluators
 from workers.evaluators import profile as profile_module
 from workers.evaluators.profile import ProfileSettings, profile
 
 SMALL = spec(Network.parse("4,8,2|2,4,2|2,2,2|2,1,2|16,8"), img_size=32, num_classes=10)
 CONTEXT = Context(seed=0)
-EVALUATORS = [evaluators.get(name) for name in evaluators.names()]
+# Other test files register evaluators of their own.
+EVALUATORS = [each for each in map(evaluators.get, evaluators.names()) if each.function.__module__.startswith("workers.evaluators.")]
 QUICK = {"as_vit": {"num_repeats": "2", "ntk_batch_size": "4", "num_angles": "2"}, "profile": {"num_runs": "30", "num_warmup": "1"}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # Equal values need an equal number of threads, and tiny networks run no faster on more.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=EVALUATORS, ids=lambda each: each.name)
@@ -57,6 +69,20 @@ def test_cost_is_the_analytic_count():
     counted = cost(SMALL)
     measured = run(evaluators.get("cost"))
     assert measured == {"params_m": counted.params / 1e6, "gmacs": counted.macs / 1e9, "depth": 4}
+
+
+def test_the_closed_form_is_near_the_length_distortion():
+    # At 64 px the last grid is 2 x 2, and the zero padding of the mergings, which the form leaves out, takes its largest share.
+    model = spec(Network.parse("8,2,3|2,1,2|2,1,4|2,1,6|32,32"), img_size=64, num_classes=10)
+    closed_form = evaluators.get("as_vit_closed_form").function(model, CONTEXT, NoSettings())["closed_form"]
+    scored = evaluators.get("as_vit").function(model, CONTEXT, evaluators.get("as_vit").parse_settings({"ntk_batch_size": "2"}))
+    assert scored["length_distortion"] == pytest.approx(closed_form, rel=0.15)
+
+
+def test_the_closed_form_refuses_what_it_does_not_hold_for():
+    plain = dataclasses.replace(SMALL, position=Component("learned"))
+    with pytest.raises(SpecError, match="As-ViT alone"):
+        evaluators.get("as_vit_closed_form").function(plain, CONTEXT, NoSettings())
 
 
 def test_profile_reports_the_median_and_spread_of_its_runs(monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -110,10 +111,10 @@ class RayPool:
     _capacity: tuple[float, int] = (float("-inf"), 0)
 
     def __post_init__(self) -> None:
+        self._owns_cluster = self.address == "local"
+        _prepare_environment(self.address)
         import ray
 
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        self._owns_cluster = self.address == "local"
         if not ray.is_initialized():
             _connect(self.address)
         self._mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).options(scheduling_strategy=_on_this_node()).remote()
@@ -249,16 +250,21 @@ def _run_job(job: Job, mailbox: Any) -> Outcome:
     return outcome
 
 
+def _prepare_environment(address: str) -> None:
+    """Set what Ray reads once, when it is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Left alone, Ray writes a token for its local cluster into the home folder, and from then on every `ray start` of
+    # the user demands it. A token in the environment protects this cluster and ends with it.
+    if address == "local" and "RAY_AUTH_TOKEN" not in os.environ and "ray" not in sys.modules:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
 def _connect(address: str) -> None:
     import logging
 
     import ray
 
-    # Left alone, Ray writes a token for its local cluster into the home folder, and from then on every `ray start` of
-    # the user demands it. A token in the environment protects this cluster and ends with it.
-    if address == "local" and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
         ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:

@@ -48,6 +48,27 @@ def policy_gradient_merit(space: SearchSpace, objectives: tuple[Metric, ...], se
     return PolicyGradientSampler(seed, reward="merit")
 
 
+def reward_of_last(values: np.ndarray, signs: np.ndarray, reward: Reward) -> float:
+    """What the last row of `values`, (trials, objectives), earns among the rows before it.
+
+    Per objective by how much it is better than the row before ("difference") or than the mean row ("merit"), over the
+    objective's range; `signs` is 1 where more is better and -1 where less is. Without a range an objective earns nothing.
+    """
+    extent = _finite_range(values)
+    has_range = extent > np.finfo(float).eps * np.abs(values).max(axis=0)
+    if not has_range.any():
+        return 0.0
+    values, extent = values[:, has_range], extent[has_range]
+    reference = values[-2] if reward == "difference" else values.mean(axis=0)
+    return float((signs[has_range] * (values[-1] - reference) / extent).sum())
+
+
+def _finite_range(values: np.ndarray) -> np.ndarray:
+    """Largest minus smallest of each column; 0 where the column holds an infinity, beside which nothing else differs."""
+    is_finite = np.isfinite(values).all(axis=0)
+    return np.where(is_finite, np.ptp(np.where(is_finite, values, 0.0), axis=0), 0.0)
+
+
 class PolicyGradientSampler(BaseSampler):
     """Samples every categorical parameter from its head of the policy; other parameters uniformly.
 
@@ -138,7 +159,7 @@ class _Policy:
         self._seed = seed
         self._reward: Reward = reward
         self._signs = np.array([-1.0 if direction == StudyDirection.MINIMIZE else 1.0 for direction in directions])
-        self._buffer: deque[np.ndarray] = deque(maxlen=BUFFER_SIZE)
+        self._buffer: deque[list[float]] = deque(maxlen=BUFFER_SIZE)
         self._baseline = 0.0
         self._baseline_weight = 0.0
 
@@ -151,24 +172,12 @@ class _Policy:
 
     def learn(self, trial: FrozenTrial) -> None:
         """One step of REINFORCE: raise the probability of the trial's choices if its reward exceeds the baseline."""
-        advantage = self._advantage(self._reward_of(np.array(trial.values)))
+        self._buffer.append(trial.values)
+        advantage = self._advantage(reward_of_last(np.array(self._buffer), self._signs, self._reward))
         for name, distribution in trial.distributions.items():
             if isinstance(distribution, CategoricalDistribution):
                 index = int(distribution.to_internal_repr(trial.params[name]))
                 self.head(name, distribution).reinforce(index, advantage)
-
-    def _reward_of(self, values: np.ndarray) -> float:
-        previous = self._buffer[-1] if self._buffer else values
-        self._buffer.append(values)
-        buffer = np.array(self._buffer)
-        with np.errstate(invalid="ignore"):
-            reference = previous if self._reward == "difference" else buffer.mean(axis=0)
-            extent = buffer.max(axis=0) - buffer.min(axis=0)
-            rounding = np.finfo(float).eps * np.abs(buffer).max(axis=0)
-            # An infinite value has no place in a range: the objective counts nothing while one is in the buffer.
-            counts = np.isfinite(extent) & (extent > rounding)
-            gain = np.where(counts, self._signs * (values - reference) / np.where(counts, extent, 1.0), 0.0)
-        return float(gain.sum())
 
     def _advantage(self, reward: float) -> float:
         self._baseline = BASELINE_MOMENTUM * self._baseline + (1 - BASELINE_MOMENTUM) * reward

@@ -15,6 +15,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -38,17 +39,25 @@ def tpe(space: SearchSpace, objectives: tuple[Metric, ...], seed: int) -> BaseSa
 @strategy("nsga2")
 def nsga2(space: SearchSpace, objectives: tuple[Metric, ...], seed: int) -> BaseSampler:
     """Genetic search by non-dominated sorting (NSGA-II), whose parents are complete trials only."""
-    return SeededByTrial(_nsga2, seed)
-
-
-def _nsga2(seed: int) -> BaseSampler:
-    return NSGAIISampler(seed=seed)
+    common = IntersectionSearchSpace()
+    return SeededByTrial(lambda trial_seed: _Nsga2(trial_seed, common), seed)
 
 
 def _grouped_tpe(seed: int) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+
+
+class _Nsga2(NSGAIISampler):
+    """NSGA-II whose axes common to all trials are kept in `common`: counted anew they cost 100 ms a trial at 3,000."""
+
+    def __init__(self, seed: int, common: IntersectionSearchSpace):
+        super().__init__(seed=seed)
+        self._common = common
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {name: distribution for name, distribution in self._common.calculate(study).items() if not distribution.single()}
 
 
 class SeededByTrial(BaseSampler):

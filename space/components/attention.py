@@ -121,10 +121,10 @@ def class_row(q: Tensor, k: Tensor) -> Tensor:
 
 def to_windows(x: Tensor, grid: tuple[int, int], splits: int) -> Tensor:
     """Tokens in row-major order to windows, `(B, N, C) -> (B * splits^2, N / splits^2, C)`."""
-    B, N, C = x.shape
+    _, N, C = x.shape
     height, width = grid[0] // splits, grid[1] // splits
-    windows = x.reshape(B, splits, height, splits, width, C).transpose(2, 3)
-    return windows.reshape(B * splits**2, height * width, C)
+    windows = x.reshape(-1, splits, height, splits, width, C).transpose(2, 3)
+    return windows.reshape(-1, N // splits**2, C)
 
 
 def from_windows(windows: Tensor, grid: tuple[int, int], splits: int) -> Tensor:

@@ -43,7 +43,7 @@ class PatchMerging(nn.Module):
         return Cost.layer_norm(num_merged, dim) + Cost.linear(num_merged, dim, out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, N, C = x.shape
+        B, _, C = x.shape
         image = F.pad(x.transpose(1, 2).reshape(B, C, *self.grid), self.pad)
         neighbourhoods = F.unfold(image, self.kernel, stride=2).transpose(1, 2)
         return self.reduction(self.norm(neighbourhoods))

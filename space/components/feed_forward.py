@@ -16,7 +16,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, shape: TokenShape, *, hidden_dim: int):
         super().__init__()
-        from timm.layers import Mlp  # here, since timm takes 1.5 s to import and describing a spec needs none of it
+        from timm.layers.mlp import Mlp  # here, since timm takes 1.5 s to import and describing a spec needs none of it
 
         self.mlp = Mlp(shape.dim, hidden_dim)
 

@@ -74,7 +74,7 @@ class _PowerMeanPooling(nn.Module):
         nn.init.constant_(self.p, self.start)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, N, C = x.shape
+        C = x.shape[-1]
         return power_mean(x[:, self.num_prefix :], self.p.repeat_interleave(C // len(self.p)))
 
 

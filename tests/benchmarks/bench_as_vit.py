@@ -11,7 +11,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,10 +88,16 @@ def reverse_mode_s(img_size: int, num_outputs: int) -> float:
             started = time.process_time()
             output = features(model, circle.u * cos + circle.v * sin)
             total += time.process_time() - started
-        columns = output.unbind(1)
-        passes = [cpu_s(lambda column=column: torch.autograd.grad(column.sum(), angles, retain_graph=True)) for column in columns[:num_outputs]]
-        total += len(columns) * sum(passes) / len(passes)
+        total += extrapolated_s(output.unbind(1), angles, num_outputs)
     return total
+
+
+def extrapolated_s(outputs: Sequence[Tensor], inputs: Tensor | list[Tensor], num_passes: int) -> float:
+    """Seconds of a backward pass for each of them, from the first `num_passes`."""
+    started = time.process_time()
+    for output in outputs[:num_passes]:
+        torch.autograd.grad(output.sum(), inputs, retain_graph=True, allow_unused=True)
+    return (time.process_time() - started) / num_passes * len(outputs)
 
 
 def single_image_ntk_s(img_size: int, images: Tensor) -> float:
@@ -106,8 +112,7 @@ def full_batch_ntk_s(img_size: int, images: Tensor, num_passes: int) -> float:
         started = time.process_time()
         rows = features(model, images).sum(dim=1).unbind(0)
         forward_s = time.process_time() - started
-    passes = [cpu_s(lambda row=row: torch.autograd.grad(row, weights, retain_graph=True, allow_unused=True)) for row in rows[:num_passes]]
-    return forward_s + len(rows) * sum(passes) / len(passes)
+    return forward_s + extrapolated_s(rows, weights, num_passes)
 
 
 def peak_mb(img_size: int, what: str) -> tuple[float, float]:

@@ -25,9 +25,11 @@ network), in both modes: candidates that differ in one stage share every other t
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -103,7 +105,9 @@ def ntk_gram(model: VisionTransformer, images: Tensor) -> Tensor:
     Holds N gradients, 4 N bytes per parameter.
     """
     weights = [parameter for name, parameter in model.named_parameters() if "weight" in name]
-    gradients = [torch.autograd.grad(features(model, image).sum(), weights, allow_unused=True) for image in images.split(1)]
+    # CUDA's fused attention kernels sum their gradients in no fixed order.
+    with sdpa_kernel(SDPBackend.MATH) if images.is_cuda else nullcontext():
+        gradients = [torch.autograd.grad(features(model, image).sum(), weights, allow_unused=True) for image in images.split(1)]
     gram = torch.zeros(len(images), len(images), dtype=torch.float64, device=images.device)
     for per_image in zip(*gradients, strict=True):
         if per_image[0] is not None:
@@ -155,8 +159,9 @@ def draw_weights(model: VisionTransformer, seed: int, repeat: int, *, share_conv
 
     With `share_convolutions` those are the same in all repeats.
     """
-    for name, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
+    # Inner modules first, as in `initialize`: a component may overrule what its layers were given.
+    for name, module in reversed(list(model.named_modules())):
+        if hasattr(module, "init_weights") or next(module.parameters(recurse=False), None) is not None:
             is_shared = share_convolutions and isinstance(module, nn.Conv2d)
             initialize(module, _generator(seed, 0 if is_shared else repeat, name))
 
@@ -196,8 +201,10 @@ def as_vit(model: ArchSpec, context: Context, settings: AsVitSettings) -> Mappin
     is_reference = settings.mode == "reference"
     skipped: dict[str, None] = {}
     scores: dict[str, list[float]] = {"length_distortion": [], "ntk_condition": []}
+    # A generator of its own: without one, the weights that are about to be replaced come out of the caller's global stream.
+    blank = build(model, generator=torch.Generator()).eval()
     for repeat in range(settings.num_repeats):
-        network = build(model).eval()
+        network = copy.deepcopy(blank)
         draw_weights(network, context.seed, repeat, share_convolutions=is_reference)
         network.to(context.device)
         sample = load_images(
@@ -207,8 +214,10 @@ def as_vit(model: ArchSpec, context: Context, settings: AsVitSettings) -> Mappin
             seed=_stream(context.seed, 0 if is_reference else repeat, "images"),
         )
         skipped |= dict.fromkeys(sample.skipped)
-        scores["ntk_condition"].append(condition_number(ntk_gram(network, sample.images.to(context.device))))
-        scores["length_distortion"].append(_length_distortion(network, context, settings, repeat, model.img_size))
+        # On a GPU: no TensorFloat-32, which has three digits, and no kernel whose sums change from call to call.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            scores["ntk_condition"].append(condition_number(ntk_gram(network, sample.images.to(context.device))))
+            scores["length_distortion"].append(_length_distortion(network, context, settings, repeat, model.img_size))
         for name, values in scores.items():
             context.report(name, values[-1], repeat)
     if skipped:

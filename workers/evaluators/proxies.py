@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from results.records import Metric
+from space.as_vit import length_distortion_closed_form
 from space.cost import cost as counts
 from space.spec import ArchSpec
 from workers.evaluator import Context, NoSettings, evaluator
@@ -24,3 +25,15 @@ def cost(model: ArchSpec, context: Context, settings: NoSettings) -> Mapping[str
     """Parameters, MACs and depth by exact arithmetic, without building the network."""
     counted = counts(model)
     return {"params_m": counted.params / 1e6, "gmacs": counted.macs / 1e9, "depth": model.depth}
+
+
+@evaluator(
+    "as_vit_closed_form",
+    metrics=(Metric("closed_form", "maximize", "length distortion in the linear regime, about C^2 K2 K3 K4 up to a factor"),),
+    subject="proxy",
+    is_free=True,
+    memory_mb=0,
+)
+def as_vit_closed_form(model: ArchSpec, context: Context, settings: NoSettings) -> Mapping[str, float]:
+    """As-ViT's length distortion by formula: the mean speed that evaluator as_vit measures in its default mode."""
+    return {"closed_form": length_distortion_closed_form(model, num_angles=1)}

@@ -1,0 +1,220 @@
+"""The leaderboard: exact fronts and ranks, and the files and messages a user sees."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+import results.page as page
+from results.leaderboard import LeaderboardError, attach_leaderboard, load, load_results, markdown, write_html
+from results.pareto import mean_ranks, pareto_front
+from results.paths import RunPaths, default_runs
+from results.records import Failure, Measurement, Metric
+from results.tracking import MlflowTracker, TrialRecord, mlflow_client
+
+GOALS = [Metric("length_distortion", "maximize"), Metric("ntk_condition", "minimize")]
+costs = st.integers(1, 4).flatmap(lambda k: arrays(float, st.tuples(st.integers(0, 30), st.just(k)), elements=st.integers(0, 6).map(float)))
+
+
+def dominates(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool((a <= b).all() and (a < b).any())
+
+
+@given(costs)
+def test_the_front_is_what_nothing_dominates(points):
+    expected = [not any(dominates(other, point) for other in points) for point in points]
+    assert pareto_front(points).tolist() == expected
+
+
+@given(costs)
+def test_a_network_that_dominates_another_ranks_above_it(points):
+    ranks = mean_ranks(points)
+    for i, first in enumerate(points):
+        for j, second in enumerate(points):
+            if dominates(first, second):
+                assert ranks[i] < ranks[j]
+
+
+def test_a_missing_value_is_never_on_the_front_and_ranks_last():
+    points = np.array([[1.0, np.nan], [2.0, 2.0], [3.0, 1.0]])
+    assert pareto_front(points).tolist() == [False, True, True]
+    assert mean_ranks(points).tolist() == [3.0, 1.5, 1.5]
+    assert pareto_front(np.array([[np.inf, 0.0], [0.0, np.inf], [np.inf, np.inf]])).tolist() == [True, True, False]
+
+
+def record(phase: str, number: int, **changes) -> TrialRecord:
+    fields = {
+        "label": f"as_vit:8,2,{number}|<b>",
+        "digest": f"{number + 1:06x}{'ab' * 5}",
+        "params": {"kernel_0": number},
+        "candidate": {"label": "x", "model": {}},
+    }
+    return TrialRecord(study="as_vit", phase=phase, number=number, **{**fields, **changes})
+
+
+def measured(distortion: float, condition: float, **more: float) -> Measurement:
+    values = {"length_distortion": distortion, "length_distortion_stderr": 0.1, "ntk_condition": condition, "gmacs": distortion / 2}
+    return Measurement(values={**values, **more}, elapsed_s=2.0, device="cpu", versions={"torch": "2.13.0"}, seed=0)
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory) -> Path:
+    """A study of two invocations: 12 topologies, one given again, one failed; and a family of three."""
+    root = tmp_path_factory.mktemp("runs")
+    arguments = {"invocation": {"command": "run.py as_vit"}, "objectives": {"topology": GOALS, "growth": GOALS}}
+    tracker = MlflowTracker(RunPaths(root).mlflow_uri, "as_vit", **arguments)
+    for number in range(12):
+        depth = 4.0
+        tracker.record(record("topology", number), measured(1 + number, 10.0 + (number * 7) % 12, params_m=2.0 + number, depth=depth))
+    tracker.record(record("topology", 12), Failure(kind="non_finite", message="nan"))
+    tracker.close("KILLED")
+    tracker = MlflowTracker(RunPaths(root).mlflow_uri, "as_vit", **arguments)
+    again = record("topology", 13, label="as_vit:again", digest=record("topology", 3).digest, reused_from=3)
+    tracker.record(again, measured(4, 10.0 + 21 % 12, params_m=5.0, depth=4.0))
+    for number in range(3):
+        tracker.record(
+            record("growth", number, proxy_digest=f"{number:016x}"), measured(2 + number, 50 - number, params_m=5.0 * number + 1)
+        )
+    tracker.mark_family("growth", [0, 2])
+    attach_leaderboard(tracker)
+    tracker.close("FINISHED")
+    return root
+
+
+def leaderboard(*arguments: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "results.leaderboard", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+
+
+def test_every_measurement_has_one_row_with_its_rank_and_front(runs_dir):
+    frame = load(RunPaths(runs_dir).mlflow_uri, "as_vit")
+    topology = frame[frame["phase"] == "topology"]
+    assert sorted(topology["trial"]) == list(range(12))
+    points = np.stack([-topology["length_distortion"], topology["ntk_condition"]], axis=1)
+    assert topology["is_front"].tolist() == [not any(dominates(other, point) for other in points) for point in points]
+    assert topology["rank"].is_monotonic_increasing
+    assert topology["rank"].iloc[0] == 1
+    assert topology["is_front"].iloc[0]
+    growth = frame[frame["phase"] == "growth"]
+    assert set(growth["proxy_digest"]) == {f"{number:016x}" for number in range(3)}
+    assert growth.set_index("trial")["family_step"].dropna().to_dict() == {0: 0.0, 2: 1.0}
+
+
+def test_failures_and_repeats_are_counted_apart(runs_dir):
+    results = load_results(RunPaths(runs_dir).mlflow_uri, "as_vit")
+    assert results.num_failed == {"topology": {"non_finite": 1}}
+    assert results.num_reused == {"topology": 1}
+    assert results.phases == ["topology", "growth"]
+
+
+def test_the_parent_run_carries_table_page_figure_and_description(runs_dir):
+    client = mlflow_client(RunPaths(runs_dir).mlflow_uri)
+    experiment = client.get_experiment_by_name("as_vit")
+    assert experiment is not None
+    parents = client.search_runs([experiment.experiment_id], "tags.kind = 'invocation' and attributes.status = 'FINISHED'")
+    assert {file.path for file in client.list_artifacts(parents[0].info.run_id)} == {
+        f"leaderboard.{kind}" for kind in ("csv", "html", "png")
+    }
+    assert "| rank | label |" in parents[0].data.tags["mlflow.note.content"]
+
+
+def test_a_bar_in_a_label_does_not_break_the_description(runs_dir):
+    rows = [line for line in markdown(load_results(RunPaths(runs_dir).mlflow_uri, "as_vit")).split("\n") if line.startswith("| ")]
+    cells = [len(re.findall(r"(?<!\\)\|", line)) for line in rows[:3]]
+    assert len(set(cells)) == 1
+
+
+def test_the_command_prints_a_table_and_writes_its_files(runs_dir, tmp_path):
+    done = leaderboard(
+        "as_vit", "--top", 5, "--csv", "out/a.csv", "--html", "a.html", "--png", "a.png", cwd=tmp_path, VITSCALE_RUNS=str(runs_dir)
+    )
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.split("\n"))) <= 120
+    assert "12 measured" in done.stdout
+    assert "1 failed (1 non_finite)" in done.stdout
+    assert "the family, in the order it grew" in done.stdout
+    frame = pd.read_csv(tmp_path / "out" / "a.csv")
+    assert len(frame) == 15
+    assert {"rank", "label", "digest", "phase", "trial", "length_distortion", "gmacs"} <= set(frame.columns)
+    assert Image.open(tmp_path / "a.png").width > 1500
+
+
+def test_the_page_loads_nothing_and_escapes_labels(runs_dir, tmp_path):
+    write_html(load_results(RunPaths(runs_dir).mlflow_uri, "as_vit"), tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text()
+    loaded = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: loaded.extend(value for name, value in attrs if name in ("src", "href"))
+    parser.feed(text)
+    assert loaded == ["data:,"]
+    assert "&lt;b&gt;" in text
+    assert "as_vit:8,2,3|<b>" not in text
+    assert "run.py as_vit" in text
+
+
+def test_a_huge_table_is_cut_and_says_so(runs_dir, monkeypatch):
+    monkeypatch.setattr(page, "MAX_ROWS", 5)
+    text = page.render(load_results(RunPaths(runs_dir).mlflow_uri, "as_vit"))
+    assert "the 5 best of 12; the CSV has all" in text
+
+
+@pytest.mark.parametrize("phase", ["growth", "grwth"])
+def test_one_phase_can_be_asked_for(runs_dir, tmp_path, phase):
+    done = leaderboard("as_vit", "--phase", phase, "--runs", runs_dir, cwd=tmp_path)
+    if phase == "growth":
+        assert done.returncode == 0
+        assert "as_vit/topology" not in done.stdout
+    else:
+        assert done.returncode == 2
+        assert done.stderr == "error: no measurement in a phase 'grwth'; phases: topology, growth\n"
+
+
+def test_an_unknown_study_is_answered_with_the_nearest(runs_dir, tmp_path):
+    done = leaderboard("as_vitt", "--runs", runs_dir, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no study 'as_vitt'" in done.stderr
+    assert "did you mean 'as_vit'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_missing_store_is_said_and_not_created(tmp_path):
+    done = leaderboard("as_vit", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"no MLflow store at {tmp_path}/runs/mlflow.db" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_without_measurements_has_an_empty_leaderboard(runs_dir, tmp_path, capsys):
+    uri = RunPaths(runs_dir).mlflow_uri
+    tracker = MlflowTracker(uri, "empty", invocation={}, objectives={"topology": GOALS})
+    tracker.record(record("topology", 0), Failure(kind="error", message="no"))
+    results = attach_leaderboard(tracker)
+    tracker.close("FAILED")
+    assert results.phases == []
+    assert len(results.frame) == 0
+    assert "no finished trial yet (1 failed)" in leaderboard("empty", "--runs", runs_dir, cwd=tmp_path).stdout
+
+
+def test_an_unreachable_server_is_one_error():
+    with pytest.raises(LeaderboardError, match="connection refused"):
+        load("http://127.0.0.1:9", "as_vit")
+
+
+def test_the_runs_directory_is_absolute_and_taken_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert default_runs({}) == tmp_path / "runs"
+    assert default_runs({"VITSCALE_RUNS": "/data/runs"}) == Path("/data/runs")
+    assert RunPaths(Path("runs")).journal == tmp_path / "runs" / "optuna.journal"

@@ -1,0 +1,309 @@
+"""The MLflow ledger, on real stores: one run per trial, whatever dies in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import results.tracking as tracking
+from results.paths import RunPaths
+from results.records import Failure, Measurement, Metric
+from results.tracking import (
+    MlflowTracker,
+    NullTracker,
+    TrialRecord,
+    archive_experiment,
+    check_tracking,
+    find_candidate,
+    mlflow_client,
+    search_runs,
+)
+
+OBJECTIVES = {"topology": [Metric("score", "maximize")]}
+MEASURED = Measurement(
+    values={"score": 0.1 + 0.2, "gmacs": 4.6},
+    elapsed_s=1.5,
+    device="cpu",
+    versions={"torch": "2.13"},
+    seed=3,
+    num_threads=2,
+    warnings=("odd",),
+)
+FAILED = Failure(kind="out_of_memory", message="needs 9 GB", traceback="Traceback ...\n", elapsed_s=2.0)
+
+
+def trial(number: int, **changes) -> TrialRecord:
+    record = TrialRecord(
+        study="study",
+        phase="topology",
+        number=number,
+        label=f"net {number}",
+        digest=f"{number:016x}",
+        params={"depth": 2, "mixer": "softmax"},
+        candidate={"label": f"net {number}", "model": {"depth": 2}},
+    )
+    return dataclasses.replace(record, **changes)
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory) -> Path:
+    """MLflow takes two seconds to make its tables; each test copies them."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    tracking._create_sqlite_store(path)
+    return path
+
+
+@pytest.fixture
+def paths(tmp_path: Path, empty_store: Path) -> RunPaths:
+    found = RunPaths(tmp_path / "a folder")
+    found.root.mkdir()
+    (found.root / "mlflow.db").write_bytes(empty_store.read_bytes())
+    return found
+
+
+def make(paths: RunPaths, **changes) -> MlflowTracker:
+    arguments = {"invocation": {"command": "run study", "seed": "3"}, "objectives": OBJECTIVES, **changes}
+    return MlflowTracker(paths.mlflow_uri, "study", artifact_root=paths.artifact_root, **arguments)
+
+
+def runs(paths: RunPaths, kind: str = "trial", study: str = "study"):
+    client = mlflow_client(paths.mlflow_uri)
+    experiment = client.get_experiment_by_name(study)
+    assert experiment is not None
+    return search_runs(client, [experiment.experiment_id], f"tags.kind = '{kind}'")
+
+
+def test_a_finished_trial_is_a_child_run_with_its_metrics_params_and_candidate(paths):
+    tracker = make(paths)
+    tracker.open(trial(4, proxy_digest="abc", reused_from=1))
+    tracker.record(trial(4), MEASURED)
+    tracker.close("FINISHED")
+    (run,) = runs(paths)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"score": 0.1 + 0.2, "gmacs": 4.6, "elapsed_s": 1.5}
+    assert run.data.params == {"depth": "2", "mixer": "softmax"}
+    expected = {
+        "mlflow.parentRunId": tracker.parent_run_id,
+        "digest": f"{4:016x}",
+        "phase": "topology",
+        "trial": "4",
+        "label": "net 4",
+        "kind": "trial",
+        "proxy_digest": "abc",
+        "reused_from": "1",
+    }
+    assert expected.items() <= run.data.tags.items()
+    assert [file.path for file in mlflow_client(paths.mlflow_uri).list_artifacts(run.info.run_id)] == ["candidate.json"]
+    (parent,) = runs(paths, "invocation")
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params == {"seed": "3"}
+    assert parent.data.tags["command"] == "run study"
+
+
+@pytest.mark.parametrize("outcome", [MEASURED, FAILED], ids=["measurement", "failure"])
+def test_what_was_recorded_is_read_back_by_another_tracker(paths, outcome):
+    first = make(paths)
+    first.record(trial(0), outcome)
+    second = make(paths)
+    assert second.finished_outcome("topology", 0) == outcome
+    assert second.finished_outcome("growth", 0) is None
+    assert second.finished_outcome("topology", 1) is None
+
+
+def test_a_failure_has_its_kind_as_tag_and_its_traceback_as_artifact(paths):
+    make(paths).record(trial(0), FAILED)
+    (run,) = runs(paths)
+    assert (run.info.status, run.data.tags["failure_kind"]) == ("FAILED", "out_of_memory")
+    assert (paths.artifact_root / run.info.run_id / "artifacts" / "traceback.txt").read_text() == FAILED.traceback
+
+
+def test_recording_again_changes_nothing(paths):
+    tracker = make(paths)
+    for recorder in (tracker, tracker, make(paths)):
+        recorder.record(trial(0), MEASURED)
+        recorder.open(trial(0))
+        recorder.record(trial(0), FAILED)
+    (run,) = runs(paths)
+    assert run.info.status == "FINISHED"
+    assert len(mlflow_client(paths.mlflow_uri).get_metric_history(run.info.run_id, "score")) == 1
+
+
+def test_a_curve_does_not_hide_the_final_value(paths):
+    tracker = make(paths)
+    tracker.open(trial(0))
+    for step in range(3):
+        tracker.report(trial(0), "score", step, step)
+    tracker.record(trial(0), MEASURED)
+    (run,) = runs(paths)
+    assert run.data.metrics["score"] == MEASURED.values["score"]
+    history = mlflow_client(paths.mlflow_uri).get_metric_history(run.info.run_id, "curve/score")
+    assert [(point.step, point.value) for point in history] == [(0, 0), (1, 1), (2, 2)]
+    assert tracker.finished_outcome("topology", 0) == MEASURED
+
+
+KILLED_DRIVER = """
+import sys
+from test_tracking import FAILED, MEASURED, OBJECTIVES, RunPaths, make, trial
+tracker = make(RunPaths(sys.argv[1]))
+tracker.record(trial(0), MEASURED)
+tracker.open(trial(1))
+tracker.open(trial(2))
+if sys.argv[2] == "after the metrics":
+    tracker._write_text = lambda *args: print("ready", flush=True) or sys.stdin.read()
+    tracker.record(trial(1), MEASURED)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("moment", ["while running", "after the metrics"])
+def test_a_run_left_by_a_killed_driver_is_taken_up(paths, moment):
+    command = [sys.executable, "-c", KILLED_DRIVER, str(paths.root), moment]
+    with subprocess.Popen(command, cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "ready\n"
+        driver.send_signal(signal.SIGKILL)
+    left = {run.data.tags["trial"]: run for run in runs(paths)}
+    assert [left[number].info.status for number in "012"] == ["FINISHED", "RUNNING", "RUNNING"]
+
+    tracker = make(paths)
+    assert {run.info.status for run in runs(paths, "invocation")} == {"KILLED", "RUNNING"}
+    assert tracker.finished_outcome("topology", 1) is None
+    tracker.open(trial(1))
+    tracker.record(trial(1), MEASURED)
+    tracker.record(trial(3), MEASURED)
+    tracker.close("FINISHED")
+
+    now = {run.data.tags["trial"]: run for run in runs(paths)}
+    assert len(runs(paths)) == len(now) == 4
+    assert {number: run.info.run_id for number, run in now.items() if number in left} == {n: run.info.run_id for n, run in left.items()}
+    assert [now[number].info.status for number in "0123"] == ["FINISHED", "FINISHED", "KILLED", "FINISHED"]
+    assert now["1"].data.tags["mlflow.parentRunId"] == tracker.parent_run_id
+    assert now["1"].data.metrics == now["0"].data.metrics
+    assert len(mlflow_client(paths.mlflow_uri).get_metric_history(now["1"].info.run_id, "score")) == 1
+    assert {run.info.status for run in runs(paths, "invocation")} == {"KILLED", "FINISHED"}
+
+
+def test_a_trial_interrupted_by_close_goes_on_in_its_own_run(paths):
+    first = make(paths)
+    first.open(trial(7))
+    first.close("KILLED")
+    assert [run.info.status for run in runs(paths)] == ["KILLED"]
+    make(paths).record(trial(7), MEASURED)
+    assert [run.info.status for run in runs(paths)] == ["FINISHED"]
+
+
+def test_no_run_is_missed_beyond_a_page(paths, monkeypatch):
+    monkeypatch.setattr(tracking, "PAGE_SIZE", 3)
+    first = make(paths)
+    for number in range(10):
+        first.open(trial(number))
+    assert len(runs(paths)) == 10
+    make(paths).close("FINISHED")
+    assert {run.info.status for run in runs(paths)} == {"KILLED"}
+
+
+def test_numbers_of_any_length_are_found(paths):
+    first = make(paths)
+    for number in (9, 10, 100):
+        first.record(trial(number), MEASURED)
+    second = make(paths)
+    for number in (100, 10, 9):
+        second.record(trial(number), MEASURED)
+    assert len(runs(paths)) == 3
+
+
+def test_a_family_is_marked_and_marked_anew(paths):
+    tracker = make(paths)
+    for number in range(4):
+        tracker.record(trial(number), MEASURED)
+    tracker.mark_family("topology", [0, 2])
+    tracker.mark_family("topology", [2, 3])
+    assert {run.data.tags["trial"]: run.data.tags.get("family_step") for run in runs(paths)} == {"0": None, "1": None, "2": "0", "3": "1"}
+
+
+def test_long_warnings_and_paths_fit(paths):
+    outcome = dataclasses.replace(MEASURED, warnings=("a damaged file",) * 5000)
+    tracker = make(paths)
+    tracker.record(trial(0, label="x" * 9000), outcome)
+    found = tracker.finished_outcome("topology", 0)
+    assert isinstance(found, Measurement)
+    assert found.values == outcome.values
+    assert 0 < len(found.warnings) < 5000
+
+
+def test_archiving_renames_and_a_fresh_study_starts_empty(paths):
+    make(paths).record(trial(0), MEASURED)
+    assert archive_experiment(paths.mlflow_uri, "study", "study@2026-11-21")
+    assert not archive_experiment(paths.mlflow_uri, "unknown", "x")
+    fresh = make(paths)
+    assert fresh.finished_outcome("topology", 0) is None
+    assert len(runs(paths, study="study@2026-11-21")) == 1
+    with pytest.raises(ValueError, match="has an experiment of that name"):
+        archive_experiment(paths.mlflow_uri, "study", "study@2026-11-21")
+
+
+def test_a_candidate_is_found_by_the_beginning_of_its_digest(paths):
+    tracker = make(paths)
+    for number, digest in enumerate(["abcdef0000000001", "abcdef0000000002", "1234567890abcdef"]):
+        tracker.record(trial(number, digest=digest), MEASURED)
+    assert find_candidate(paths.mlflow_uri, "123456") == trial(2).candidate
+    assert find_candidate(paths.mlflow_uri, "ABCDEF0000000002") == trial(1).candidate
+    assert find_candidate(paths.mlflow_uri, "999999") is None
+    with pytest.raises(ValueError, match="ambiguous: abcdef0000000001, abcdef0000000002"):
+        find_candidate(paths.mlflow_uri, "abcdef")
+    with pytest.raises(ValueError, match="at least 6 hexadecimal"):
+        find_candidate(paths.mlflow_uri, "12345")
+
+
+def test_nothing_is_created_by_looking(tmp_path):
+    uri = RunPaths(tmp_path / "runs").mlflow_uri
+    check_tracking(uri)
+    assert find_candidate(uri, "abcdef12") is None
+    assert not archive_experiment(uri, "study", "other")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_appears_whole(tmp_path):
+    path = tmp_path / "runs" / "mlflow.db"
+    tracking._create_sqlite_store(path)
+    assert [file.name for file in path.parent.iterdir()] == ["mlflow.db"]
+    with sqlite3.connect(path) as database:
+        assert database.execute("select count(*) from alembic_version").fetchone() == (1,)
+
+
+def test_an_unusable_store_or_server_is_named_in_one_line(tmp_path):
+    (tmp_path / "text.db").write_text("not a database, but long enough to be looked at" * 10)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        server = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    for uri, reason in {
+        server: "connection refused",
+        f"sqlite:///{tmp_path}/text.db": "file is not a database",
+        f"sqlite:///{tmp_path}/text.db/mlflow.db": "not a folder",
+        str(tmp_path): "is not supported",
+    }.items():
+        with pytest.raises(ValueError, match=reason) as caught:
+            check_tracking(uri)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_password_is_not_printed():
+    assert tracking._without_password("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+
+
+def test_a_null_tracker_keeps_nothing():
+    tracker = NullTracker()
+    tracker.open(trial(0))
+    tracker.report(trial(0), "loss", 1.0, 0)
+    tracker.record(trial(0), MEASURED)
+    tracker.mark_family("topology", [0])
+    tracker.close("FINISHED")
+    assert tracker.finished_outcome("topology", 0) is None
