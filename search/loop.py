@@ -277,6 +277,8 @@ class PhaseLoop:
             )
 
     def _remember(self, key: str, outcome: Outcome, number: int) -> None:
+        if not all(call.evaluator.is_deterministic for call in self.phase.evaluators):
+            return
         if isinstance(outcome, Measurement) or outcome.kind in DETERMINISTIC_FAILURES:
             self._known.setdefault(key, (number, outcome))
 

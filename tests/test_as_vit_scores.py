@@ -247,7 +247,7 @@ def test_damaged_images_are_named_in_a_warning(tmp_path):
     (tmp_path / "3.png").write_bytes(b"")
     warnings = []
     as_vit(net_spec(), Context(seed=0, data=f"folder:{tmp_path}", warn=warnings.append), replace(QUICK, ntk_batch_size=7))
-    assert warnings == [f"data 'folder:{tmp_path}': 1 damaged files skipped: 3.png"]
+    assert warnings == [f"data 'folder:{tmp_path}': skipped as damaged (1): 3.png"]
 
 
 def test_a_repeated_image_makes_the_kernel_rank_deficient():

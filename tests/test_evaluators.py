@@ -119,7 +119,6 @@ def test_profile_runs_in_half_precision_with_half_the_memory(precision):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["profile", "as_vit"])
 def test_evaluators_run_on_the_gpu(name):
     each = evaluators.get(name)

@@ -24,7 +24,6 @@ from space.registry import unknown_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMES = ("digits", "folder:PATH", "tar:PATH")
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -89,7 +88,7 @@ def load_images(source: str, *, img_size: int, num_images: int, seed: int) -> Im
     return _load(scheme, path, _stamp(path), img_size, num_images, seed)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _load(scheme: str, path: Path | None, stamp: tuple[int, int], img_size: int, num_images: int, seed: int) -> ImageSample:
     import numpy as np
     import torch
@@ -124,7 +123,7 @@ def _split(source: str) -> tuple[str, Path | None]:
         if Path(source).exists():
             kind = "folder" if Path(source).is_dir() else "tar"
             raise ValueError(f"data {source!r} is a path without its kind; write '{kind}:{source}'")
-        raise unknown_name("data source", source, SCHEMES)
+        raise unknown_name("data source", scheme, ("digits", "folder", "tar"), source)
     if not text:
         raise ValueError(f"data {source!r} lacks its path; write '{scheme}:PATH'")
     path = Path(os.path.abspath(Path(text).expanduser()))

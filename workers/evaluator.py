@@ -5,7 +5,8 @@
 
 It may raise `EvaluationError` with a failure kind; anything else it raises is recorded as `error` with its traceback.
 Equal calls give equal bits: it may depend on nothing but the model, the settings, the data, the seed and the number
-of threads.
+of threads. One that measures time cannot promise that, and says so with `is_deterministic=False`; what it measured is
+never reused for an equal candidate.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Evaluator:
     subject: Literal["model", "proxy"] = "model"
     is_free: bool = False
     uses_data: bool = False
+    is_deterministic: bool = True
     cpus: float = 1.0
     gpus: float = 0.0
     memory_mb: int = 1000

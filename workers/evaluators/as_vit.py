@@ -221,7 +221,7 @@ def as_vit(model: ArchSpec, context: Context, settings: AsVitSettings) -> Mappin
         for name, values in scores.items():
             context.report(name, values[-1], repeat)
     if skipped:
-        context.warn(f"data {context.data!r}: {len(skipped)} damaged files skipped: {', '.join(skipped)}")
+        context.warn(f"data {context.data!r}: skipped as damaged ({len(skipped)}): {', '.join(skipped)}")
     return {
         name: value
         for score, values in scores.items()

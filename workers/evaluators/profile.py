@@ -59,6 +59,7 @@ class ProfileSettings:
         Metric("memory_mb", "minimize", "peak memory of tensors in one forward pass, 1e6 bytes"),
     ),
     settings=ProfileSettings,
+    is_deterministic=False,
     memory_mb=2000,
 )
 def profile(model: ArchSpec, context: Context, settings: ProfileSettings) -> Mapping[str, float]:

@@ -1,0 +1,340 @@
+"""What every registered component owes: the shapes, the counts, the gradients and the state that it declares."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from space.component import KINDS, AttentionTap, Choice, Cost, TokenShape, component, components, declaration
+from space.components.attention import from_windows, to_windows
+from space.components.pooling import power_mean
+from space.components.position import sincos_2d
+from space.cost import cost
+from space.fvcore_count import fvcore_macs
+from space.layout import layout
+from space.registry import SpecError
+from space.spec import ArchSpec, BlockSpec, Component, StageSpec, full_choices
+from space.vit import build, initialize
+
+
+def offered_components() -> Iterator[tuple[str, Component]]:
+    """Every component with its first, middle and last offered choices, one choice moved at a time."""
+    for kind in KINDS:
+        for name in components.names(kind):
+            declared = declaration(kind, name)
+            first = {choice: offer.offered[0] for choice, offer in declared.choices.items()}
+            seen = set()
+            for choice, offer in [*declared.choices.items(), ("", Choice(offered=(0,)))]:
+                for value in {offer.offered[0], offer.offered[len(offer.offered) // 2], offer.offered[-1]}:
+                    moved = Component(name, **first | ({choice: value} if choice else {}))
+                    if repr(moved) not in seen:
+                        seen.add(repr(moved))
+                        yield kind, moved
+
+
+CASES = list(offered_components())
+EVERY = pytest.mark.parametrize(("kind", "part"), CASES, ids=[f"{kind}-{part!r}" for kind, part in CASES])
+
+
+def host(kind: str, part: Component) -> ArchSpec:
+    """A network of two small stages with `part` in its place, and with the prefix that it needs."""
+    declared = declaration(kind, part.name)
+    needs_prefix = kind == "prefix" or declared.needs_class_token or declared.attention_tap
+    parts: dict[str, Any] = {
+        "patch_embed": Component("conv", kernel=4, stride=4),
+        "prefix": Component("class_token") if needs_prefix else None,
+        "position": Component("learned"),
+        "pooling": Component("mean"),
+    }
+    in_block: dict[str, Any] = {
+        "mixer": Component("attention", num_heads=2, head_dim=5),
+        "feed_forward": Component("mlp", hidden_dim=20),
+    }
+    (in_block if kind in ("mixer", "feed_forward", "token_reduction") else parts)[kind] = part
+    downsampling = parts.pop("downsampling", Component("patch_merging", kernel=2))
+    first, last = (
+        BlockSpec(**in_block),
+        BlockSpec(mixer=Component("attention", num_heads=1, head_dim=4), feed_forward=in_block["feed_forward"]),
+    )
+    if needs_prefix or kind == "patch_embed":
+        stages = (StageSpec(embed_dim=48, blocks=(first, last)),)
+    else:
+        stages = (StageSpec(embed_dim=24, blocks=(first,), downsampling=downsampling), StageSpec(embed_dim=48, blocks=(last,)))
+    return ArchSpec(stages=stages, img_size=32, num_classes=7, **parts)
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def built(spec: ArchSpec):
+    return build(spec, generator=torch.Generator().manual_seed(0)).eval()
+
+
+@EVERY
+def test_a_component_puts_out_the_shape_it_declares(kind: str, part: Component):
+    spec = host(kind, part)
+    model, seen = built(spec), {}
+    for path, module in model.named_modules():
+        module.register_forward_hook(lambda _, __, output, path=path: seen.update({path: output}))
+    model(images())
+    for placed in layout(spec):
+        output = seen[placed.path]
+        output = output[0] if isinstance(output, tuple) else output
+        shape = placed.output_shape
+        per_sample = (shape.dim,) if placed.kind in ("pooling", "head") else (shape.num_tokens, shape.dim)
+        assert tuple(output.shape) == (2, *per_sample), placed.path
+        assert shape.grid is None or math.prod(shape.grid) == shape.num_patches
+        if placed.kind in ("pooling", "head"):
+            assert shape == TokenShape(shape.dim, 1)
+
+
+@EVERY
+def test_the_gradient_reaches_every_parameter(kind: str, part: Component):
+    model = built(host(kind, part)).train()
+    (model(images()) * torch.linspace(-1, 2, 7)).sum().backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    # The softmax does not see what is added to all keys of a query alike.
+    assert not [name for name in without if not name.endswith("qkv.bias")]
+
+
+@EVERY
+def test_samples_do_not_see_each_other_in_evaluation(kind: str, part: Component):
+    model, x = built(host(kind, part)), images(3)
+    with torch.no_grad():
+        before = model(x)
+        x[1] = x[1].flip(-1) * 2
+        after = model(x)
+    torch.testing.assert_close(after[[0, 2]], before[[0, 2]], rtol=0, atol=1e-6)  # fp32 order of sums
+    assert not torch.allclose(after[1], before[1])
+
+
+@EVERY
+def test_evaluation_is_deterministic_and_the_state_is_all_there_is(kind: str, part: Component):
+    spec = host(kind, part)
+    model, other = built(spec), build(spec, generator=torch.Generator().manual_seed(5)).eval()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        first = model(images())
+        assert torch.equal(model(images()), first)
+        assert torch.equal(other(images()), first)
+
+
+@EVERY
+def test_initial_weights_are_a_function_of_the_generator_alone(kind: str, part: Component):
+    spec = host(kind, part)
+    model, other = built(spec), build(spec)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.fill_(math.nan)
+    initialize(other, torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@EVERY
+def test_the_spec_survives_json(kind: str, part: Component):
+    spec = host(kind, part)
+    assert ArchSpec.from_json(spec.to_json()) == spec
+
+
+@EVERY
+def test_counts_are_those_of_the_built_network(kind: str, part: Component):
+    spec = host(kind, part)
+    model, counted = built(spec), cost(spec)
+    assert counted.params == sum(parameter.numel() for parameter in model.parameters())
+    assert counted.fvcore_macs == fvcore_macs(model, spec.img_size)
+    assert counted.macs <= counted.fvcore_macs
+    for placed in layout(spec):
+        own = sum(parameter.numel() for parameter in model.get_submodule(placed.path).parameters())
+        assert placed.module_class.cost(placed.shape, **placed.arguments).params == own, placed.path
+
+
+@pytest.fixture
+def top_k() -> Iterator[str]:
+    @component(
+        "token_reduction",
+        "top_k_of_a_test",
+        choices={"keep": Choice(offered=(4, 8))},
+        needs_class_token=True,
+        attention_tap=AttentionTap.CLASS_ROW,
+        changes_num_tokens=True,
+    )
+    class TopK(nn.Module):
+        """Keep the class token and the patches that it attends to most (as EViT does), weighted."""
+
+        def __init__(self, shape: TokenShape, *, keep: int):
+            super().__init__()
+            self.keep = keep
+            self.gain = nn.Linear(shape.dim, shape.dim, bias=False)
+
+        @staticmethod
+        def output_shape(shape: TokenShape, *, keep: int) -> TokenShape:
+            if keep > shape.num_patches:
+                raise SpecError(f"keep is {keep}; there are {shape.num_patches} patches")
+            return shape._replace(num_patches=keep, grid=None)
+
+        @staticmethod
+        def cost(shape: TokenShape, *, keep: int) -> Cost:
+            return Cost.linear(shape.num_prefix + keep, shape.dim, shape.dim, bias=False)
+
+        def forward(self, x: Tensor, tapped: Tensor) -> Tensor:
+            kept = tapped.mean(dim=1)[:, 1:].topk(self.keep).indices + 1
+            patches = x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+            return self.gain(torch.cat([x[:, :1], patches], dim=1))
+
+    yield "top_k_of_a_test"
+    del components._parts["token_reduction", "top_k_of_a_test"]
+
+
+def test_a_token_reduction_that_reads_the_class_row_is_one_class(top_k: str):
+    part = Component(top_k, keep=8)
+    for check in (
+        test_a_component_puts_out_the_shape_it_declares,
+        test_the_gradient_reaches_every_parameter,
+        test_samples_do_not_see_each_other_in_evaluation,
+        test_evaluation_is_deterministic_and_the_state_is_all_there_is,
+        test_the_spec_survives_json,
+        test_counts_are_those_of_the_built_network,
+    ):
+        check("token_reduction", part)
+    spec = host("token_reduction", part)
+    assert built(spec).forward_tokens(images()).shape == (2, 1 + 8, 48)
+    with pytest.raises(SpecError, match="keep is 80; there are 64 patches"):
+        cost(host("token_reduction", Component(top_k, keep=4)) and _with_keep(spec, 80))
+
+
+def _with_keep(spec: ArchSpec, keep: int) -> ArchSpec:
+    (stage,) = spec.stages
+    reduction = Component("top_k_of_a_test", keep=keep)
+    return dataclasses.replace(
+        spec,
+        stages=(dataclasses.replace(stage, blocks=(dataclasses.replace(stage.blocks[0], token_reduction=reduction), *stage.blocks[1:])),),
+    )
+
+
+def test_a_tap_that_the_mixer_does_not_offer_is_refused(monkeypatch: pytest.MonkeyPatch, top_k: str):
+    attention: Any = components.get("mixer", "attention")
+    monkeypatch.setattr(attention, "declaration", dataclasses.replace(attention.declaration, offers_tap=AttentionTap.NONE))
+    spec = host("token_reduction", Component(top_k, keep=6))
+    with pytest.raises(SpecError, match="reads an attention tap of level CLASS_ROW; mixer 'attention' offers NONE"):
+        cost(spec)
+
+
+def module(kind: str, part: Component, shape: TokenShape) -> nn.Module:
+    made = components.get(kind, part.name)(shape, **full_choices(kind, part))
+    initialize(made, torch.Generator().manual_seed(0))
+    return made
+
+
+def test_the_class_row_is_the_first_row_of_the_attention_map():
+    attention: Any = module("mixer", Component("attention", num_heads=3, head_dim=4), TokenShape(10, 6))
+    x = torch.randn(2, 6, 10)
+    _, row = attention(x, tap=AttentionTap.CLASS_ROW)
+    q, k, _ = attention.qkv(x).reshape(2, 6, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(row, (q @ k.mT / 2).softmax(-1)[:, :, 0])
+    torch.testing.assert_close(row.sum(-1), torch.ones(2, 3))
+
+
+def test_permuting_the_tokens_permutes_what_attention_puts_out():
+    attention = module("mixer", Component("attention", num_heads=2, head_dim=4), TokenShape(8, 9))
+    x, order = torch.randn(2, 9, 8), torch.randperm(9)
+    torch.testing.assert_close(attention(x[:, order]), attention(x)[:, order])
+
+
+def test_windows_are_square_pieces_of_the_grid_and_come_back():
+    x = torch.arange(24.0).reshape(1, 24, 1)
+    windows = to_windows(x, (4, 6), 2)
+    assert windows.flatten(1).tolist()[1] == [3, 4, 5, 9, 10, 11]
+    assert torch.equal(from_windows(windows, (4, 6), 2), x)
+
+
+def test_a_window_is_attended_to_as_a_network_of_its_own():
+    shape = TokenShape(8, 16, (4, 4))
+    windowed: Any = module("mixer", Component("window_attention", num_heads=2, head_dim=4, splits=2), shape)
+    whole: Any = module("mixer", Component("attention", num_heads=2, head_dim=4), shape)
+    whole.load_state_dict(windowed.state_dict())
+    x = torch.randn(3, 16, 8)
+    upper_right = x.reshape(3, 4, 4, 8)[:, :2, 2:].reshape(3, 4, 8)
+    torch.testing.assert_close(windowed(x).reshape(3, 4, 4, 8)[:, :2, 2:].reshape(3, 4, 8), whole(upper_right))
+
+
+def test_attention_can_be_differentiated_forward_under_the_math_backend():
+    attention = module("mixer", Component("window_attention", num_heads=2, head_dim=4, splits=2), TokenShape(8, 16, (4, 4)))
+    x = torch.randn(1, 16, 8)
+    with sdpa_kernel(SDPBackend.MATH):
+        _, tangent = torch.func.jvp(attention, (x,), (torch.ones_like(x),))
+    assert tangent.any()
+
+
+def test_sines_and_cosines_are_those_of_mae():
+    embedding = sincos_2d(8, (3, 5))
+    assert embedding.shape == (15, 8)
+    row, column = 2, 3
+    angles = [column * 1.0, column * 0.01, row * 1.0, row * 0.01]
+    expected = [math.sin(a) for a in angles[:2]] + [math.cos(a) for a in angles[:2]]
+    expected += [math.sin(a) for a in angles[2:]] + [math.cos(a) for a in angles[2:]]
+    torch.testing.assert_close(embedding[row * 5 + column], torch.tensor(expected))
+
+
+def test_prefix_tokens_get_no_sines():
+    position = module("position", Component("sincos"), TokenShape(8, 4, (2, 2), num_prefix=2, has_class_token=True))
+    x = torch.randn(1, 6, 8)
+    assert torch.equal(position(x)[:, :2], x[:, :2])
+    assert not list(position.state_dict())
+
+
+class TestPowerMean:
+    def test_it_is_the_written_formula(self):
+        x, p = torch.rand(2, 5, 3, dtype=torch.float64) + 0.1, torch.tensor([0.5, 3.0, 7.0], dtype=torch.float64)
+        torch.testing.assert_close(power_mean(x, p), (x**p).mean(1) ** (1 / p))
+
+    def test_exponent_one_is_the_mean_of_the_positive_parts_and_a_large_one_the_maximum(self):
+        x = torch.randn(2, 9, 4, dtype=torch.float64)
+        torch.testing.assert_close(power_mean(x, torch.ones(4)), x.clamp(min=1e-6).mean(1))
+        torch.testing.assert_close(power_mean(x, torch.full((4,), 1000.0)), x.amax(1), rtol=1e-2, atol=0)
+
+    def test_a_channel_without_positive_values_is_the_clamp_also_for_large_exponents(self):
+        x = -torch.ones(1, 4, 2, requires_grad=True)
+        p = torch.full((2,), 30.0, requires_grad=True)
+        z = power_mean(x, p)
+        torch.testing.assert_close(z, torch.full((1, 2), 1e-6))
+        z.sum().backward()
+        assert p.grad is not None
+        assert p.grad.isfinite().all()
+
+    def test_half_precision_is_raised_inside(self):
+        x = torch.rand(1, 7, 3, dtype=torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = power_mean(x, torch.full((3,), 20.0))
+        assert z.dtype == torch.bfloat16
+        torch.testing.assert_close(z.float(), power_mean(x.float(), torch.full((3,), 20.0)), rtol=1e-2, atol=0)
+
+    def test_gradients_are_right(self):
+        x = torch.rand(2, 4, 3, dtype=torch.float64, requires_grad=True)
+        p = torch.tensor([1.0, 2.5, 4.0], dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(power_mean, (x, p))
+
+
+def test_groups_of_ggem_are_slices_of_channels():
+    pooling: Any = module("pooling", Component("ggem", groups=2), TokenShape(6, 5, num_prefix=1))
+    with torch.no_grad():
+        pooling.p.copy_(torch.tensor([1.0, 4.0]))
+    x = torch.rand(2, 6, 6)
+    expected = power_mean(x[:, 1:], torch.tensor([1.0, 1, 1, 4, 4, 4]))
+    torch.testing.assert_close(pooling(x), expected)
+
+
+@pytest.mark.parametrize("name", ["mean", "max", "gem"])
+def test_pooling_the_patches_leaves_prefix_tokens_out(name: str):
+    pooling = module("pooling", Component(name), TokenShape(4, 3, num_prefix=2, has_class_token=True))
+    x = torch.rand(1, 5, 4)
+    changed = x.clone()
+    changed[:, :2] = 9
+    assert torch.equal(pooling(changed), pooling(x))

@@ -1,0 +1,146 @@
+"""The built network: timm's logits with timm's weights, weights from a generator, drop path."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_spec import WITH_GRID, tiny
+from torch import nn
+
+from space.catalog import plain_vit
+from space.layout import layout
+from space.registry import SpecError
+from space.spec import Component
+from space.vit import build, initialize, load_timm_state_dict
+
+DEIT_TINY_CUT = dataclasses.replace(plain_vit(192, 3, 3), img_size=64)
+
+
+def timm_vit(**changes) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    return VisionTransformer(embed_dim=192, depth=3, num_heads=3, img_size=64, **changes).eval()
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "timm_changes"),
+    [
+        ({}, {}),
+        ({"prefix": Component("class_token", num_registers=2), "pooling": Component("mean")}, {"reg_tokens": 2, "global_pool": "avg", "fc_norm": False}),
+        ({"prefix": None, "pooling": Component("mean")}, {"class_token": False, "global_pool": "avg", "fc_norm": False}),
+        ({"position": None}, {"pos_embed": "none"}),
+    ],
+    ids=["class_token", "registers_and_mean", "no_prefix", "no_position"],
+)  # fmt: skip
+def test_timm_weights_give_timm_logits(changes: dict, timm_changes: dict):
+    theirs = timm_vit(**timm_changes)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    ours = build(dataclasses.replace(DEIT_TINY_CUT, **changes)).eval()
+    load_timm_state_dict(ours, theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)  # fp32 order of sums
+
+
+def test_deit_tiny_of_timm_loads_and_agrees():
+    import timm
+
+    theirs = timm.create_model("deit_tiny_patch16_224").eval()
+    ours = build(plain_vit(192, 12, 3)).eval()
+    load_timm_state_dict(ours, theirs.state_dict())
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_another_architecture_are_refused_and_change_nothing():
+    ours = build(dataclasses.replace(DEIT_TINY_CUT, img_size=96))
+    before = {name: weight.clone() for name, weight in ours.state_dict().items()}
+    with pytest.raises(SpecError, match=r"position.pos_embed is \(1, 17, 192\) and should be \(1, 37, 192\)"):
+        load_timm_state_dict(ours, timm_vit().state_dict())
+    with pytest.raises(SpecError, match=r"left over prefix.registers"):
+        load_timm_state_dict(ours, timm_vit(reg_tokens=2).state_dict())
+    with pytest.raises(SpecError, match=r"missing stages.0.blocks.2.*and \d+ more"):
+        load_timm_state_dict(ours, {name: weight for name, weight in timm_vit().state_dict().items() if "blocks.2" not in name})
+    assert all(torch.equal(before[name], weight) for name, weight in ours.state_dict().items())
+    with pytest.raises(SpecError, match="has one stage, this network 2"):
+        load_timm_state_dict(build(WITH_GRID), {})
+
+
+def test_modules_are_named_by_their_path():
+    model = build(WITH_GRID)
+    for part in layout(WITH_GRID):
+        assert type(model.get_submodule(part.path)) is part.module_class
+
+
+def test_the_generator_alone_decides_the_weights():
+    one, same, other = (build(WITH_GRID, generator=seeded(seed)).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["head.fc1.weight"], other["head.fc1.weight"])
+
+
+def test_a_seeded_build_leaves_the_global_stream_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    build(tiny(), generator=seeded(0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_without_a_generator_the_global_stream_decides():
+    torch.manual_seed(0)
+    one = build(tiny()).head.weight
+    two = build(tiny()).head.weight
+    torch.manual_seed(0)
+    assert torch.equal(build(tiny()).head.weight, one)
+    assert not torch.equal(one, two)
+
+
+def test_initial_weights_have_their_stated_distributions():
+    model = build(dataclasses.replace(plain_vit(192, 1, 3), pooling=Component("gem", p=2.0)), generator=seeded(0))
+    weights = dict(model.named_parameters())
+    assert weights["stages.0.blocks.0.mixer.qkv.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    assert weights["position.pos_embed"].std().item() == pytest.approx(0.02, rel=0.02)
+    assert 0 < weights["prefix.class_token"].abs().max().item() < 1e-5
+    bound = (3 * 16 * 16) ** -0.5
+    assert weights["patch_embed.proj.weight"].abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert 0 < weights["patch_embed.proj.bias"].abs().max().item() <= bound
+    assert not weights["stages.0.blocks.0.mixer.qkv.bias"].any()
+    assert torch.equal(weights["norm.weight"], torch.ones(192))
+    assert weights["pooling.p"].item() == 2.0
+
+
+def test_initialize_draws_a_single_module_too():
+    layer, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    initialize(layer, seeded(0))
+    initialize(other, seeded(0))
+    assert torch.equal(layer.weight, other.weight)
+
+
+def test_drop_path_rises_linearly_over_the_depth():
+    from timm.layers.drop import DropPath
+
+    deep = build(plain_vit(16, 5, 2), drop_path=0.4)
+    rates = [module.drop_prob for module in deep.modules() if isinstance(module, DropPath)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert not [module for module in build(tiny()).modules() if isinstance(module, DropPath)]
+    with pytest.raises(ValueError, match=r"drop_path is 1.0; allowed"):
+        build(tiny(), drop_path=1.0)
+
+
+def test_tokens_come_out_before_the_final_norm():
+    model = build(tiny()).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = model.forward_tokens(x)
+        assert tokens.shape == (2, 17, 16)
+        assert torch.equal(model.head(model.pooling(model.norm(tokens))), model(x))
