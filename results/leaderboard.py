@@ -97,7 +97,7 @@ class StudyResults:
         """Objectives first, each with its standard error, then what is derived from the network, then the rest."""
         known = [name for name in self.phase(phase).columns if name not in (*LEADING_COLUMNS, *TRAILING_COLUMNS)]
         first = [metric.name for metric in self.objectives.get(phase, ())]
-        first = [name for metric in first for name in (metric, f"{metric}_stderr")] + list(COST_METRICS)
+        first = list(dict.fromkeys([*(name for metric in first for name in (metric, f"{metric}_stderr")), *COST_METRICS]))
         return [name for name in first if name in known] + [name for name in known if name not in first]
 
     def summary(self, phase: str) -> str:
@@ -106,7 +106,7 @@ class StudyResults:
         failed = self.num_failed.get(phase, {})
         parts = [f"{len(rows)} measured", f"{sum(rows['is_front'])} on the Pareto front"]
         if reused := self.num_reused.get(phase, 0):
-            parts.append(f"{reused} repeats left out")
+            parts.append(f"{_count(reused, 'repeat')} left out")
         if failed:
             parts.append(f"{sum(failed.values())} failed ({', '.join(f'{count} {kind}' for kind, count in failed.items())})")
         return f"{'; '.join(parts)}; objectives: {objectives}"
@@ -285,9 +285,9 @@ def text_table(results: StudyResults, phase: str, top: int) -> str:
         lines.append("  ".join(aligned).rstrip())
     notes = ["* on the Pareto front"]
     if len(rows) > top:
-        notes.append(f"{len(rows) - top} more rows: --top")
+        notes.append(f"{_count(len(rows) - top, 'more row')}: --top")
     if num_hidden:
-        notes.append(f"{num_hidden} more columns: --csv")
+        notes.append(f"{_count(num_hidden, 'more column')}: --csv")
     return "\n".join([*lines, "; ".join(notes)])
 
 
@@ -351,7 +351,7 @@ def markdown(results: StudyResults, top: int = 5) -> str:
     for phase in results.phases:
         names = [metric.name for metric in results.objectives.get(phase, ())]
         rows = results.phase(phase)
-        names += [name for name in COST_METRICS if name in rows]
+        names += [name for name in COST_METRICS if name in rows and name not in names]
         lines = [f"| rank | label | digest | {' | '.join(names)} |", "|---:|---|---|" + "---:|" * len(names)]
         for row in rows.head(top).to_dict("records"):
             label = str(row["label"]).replace("|", "\\|")
@@ -433,6 +433,10 @@ def _only_phase(results: StudyResults, phase: str) -> StudyResults:
         raise LeaderboardError(f"no measurement in a phase {phase!r}; phases: {', '.join(results.phases) or 'none'}")
     frame = results.frame[results.frame["phase"] == phase].reset_index(drop=True)
     return dataclasses.replace(results, frame=frame, objectives={phase: results.objectives.get(phase, ())})
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _cut(text: str, width: int) -> str:

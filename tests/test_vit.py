@@ -29,16 +29,20 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+MEAN = {"pooling": Component("mean")}
+TIMM_MEAN = {"global_pool": "avg", "fc_norm": False}
+
+
 @pytest.mark.parametrize(
     ("changes", "timm_changes"),
     [
         ({}, {}),
-        ({"prefix": Component("class_token", num_registers=2), "pooling": Component("mean")}, {"reg_tokens": 2, "global_pool": "avg", "fc_norm": False}),
-        ({"prefix": None, "pooling": Component("mean")}, {"class_token": False, "global_pool": "avg", "fc_norm": False}),
+        ({"prefix": Component("class_token", num_registers=2)} | MEAN, {"reg_tokens": 2} | TIMM_MEAN),
+        ({"prefix": None} | MEAN, {"class_token": False} | TIMM_MEAN),
         ({"position": None}, {"pos_embed": "none"}),
     ],
     ids=["class_token", "registers_and_mean", "no_prefix", "no_position"],
-)  # fmt: skip
+)
 def test_timm_weights_give_timm_logits(changes: dict, timm_changes: dict):
     theirs = timm_vit(**timm_changes)
     with torch.no_grad():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import sys
 import time
 from collections import deque
@@ -265,10 +266,13 @@ def _connect(address: str) -> None:
 
     import ray
 
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         raise PoolError(f"Ray at {address!r} cannot be reached: {_first_line(error)}") from error
+    # Ray replaces the caller's handler by one that exits on the spot, with trials in flight and runs open.
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def _on_this_node() -> Any:
