@@ -262,9 +262,8 @@ class PhaseLoop:
     def _stop_after_failures(self, last: Failure) -> None:
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
-            raise PhaseStopped(
-                f"{self.study.study_name} stopped after {self._failures_in_a_row} failures in a row; the last:\n{last.traceback or last.message}"
-            )
+            stopped = f"{self.study.study_name} stopped after {self._failures_in_a_row} failures in a row; the last:"
+            raise PhaseStopped(f"{stopped}\n{last.traceback or last.message}")
 
     def _reject(self, trial: optuna.Trial) -> None:
         self.study.tell(trial, state=TrialState.PRUNED)
@@ -324,8 +323,8 @@ def make_objective(phase: Phase, measuring: Measuring) -> Callable[[optuna.Trial
         if isinstance(outcome, Failure):
             raise EvaluationFailed(f"{outcome.kind}: {outcome.message}")
         trial.set_user_attr(RESULT_ATTRIBUTE, {"digest": candidate.model.digest, "label": candidate.label, **outcome.values})
-        values = tuple(outcome.values[name] for name in phase.objectives)
-        return values if len(values) > 1 else values[0]
+        first, *others = (outcome.values[name] for name in phase.objectives)
+        return (first, *others) if others else first
 
     return objective
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from search.loop import Measuring, PhaseLoop, PhaseStopped, make_objective
 from search.progress import Progress
 from search.storage import open_storage
 from search.strategy import strategies
-from search.study import Phase, RunSettings, SettingsError, Study, open_phase, studies
+from search.study import Phase, RunSettings, Study, open_phase, studies
 from space.registry import unknown_name
 from workers.data import check_source, fingerprint
 from workers.pool import Pool, RayPool, SerialPool

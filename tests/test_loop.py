@@ -106,7 +106,7 @@ def test_ten_failures_in_a_row_stop_the_phase_with_the_last_traceback(tmp_path: 
 
 
 def test_a_value_that_is_not_finite_is_a_failure(tmp_path: Path):
-    study, tracker = run(make_phase(faulty.FaultySettings(behaviour="nan", every=2)), tmp_path)
+    study, _ = run(make_phase(faulty.FaultySettings(behaviour="nan", every=2)), tmp_path)
     kinds = {trial.user_attrs["result"].get("failure") for trial in study.trials if trial.state == TrialState.FAIL}
     assert kinds == {"non_finite"}
 
