@@ -371,6 +371,8 @@ def mlflow_client(uri: str) -> MlflowClient:
     import logging
 
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # A client of a server prints two lines for every run that ends.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
     for name in ("mlflow.store.db.utils", "alembic"):

@@ -71,7 +71,7 @@ MISTAKES = {
     "unreachable compute budget": (["smoke", "--max-gmacs", "1e-9"], "--max-gmacs 1e-09 is below the cheapest network"),
     "no such data": (["as_vit", "--data", "folder:/does/not/exist"], "/does/not/exist does not exist"),
     "data without an image": (["as_vit", "--data", "folder:."], "image"),
-    "unknown kind of data": (["as_vit", "--data", "floder:."], "did you mean 'folder'?"),
+    "unknown kind of data": (["as_vit", "--data", "floder:."], "did you mean 'folder:PATH'?"),
     "image size": (["as_vit", "--img-size", "100"], "32"),
     "unreachable storage": (
         ["smoke", "--storage", "sqlite:////does/not/exist/o.db"],

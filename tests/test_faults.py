@@ -63,7 +63,7 @@ def check_ledgers(runs: Path, num_complete: int) -> None:
     assert {number: run.data.metrics["score"] for number, run in by_trial.items()} == {t.number: t.value for t in trials}
 
 
-def wait_until(condition, timeout_s: float = 90.0) -> None:
+def wait_until(condition, timeout_s: float = 240.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the driver made no progress"
@@ -192,7 +192,7 @@ def job(folder: Path, behaviour: faulty.Behaviour, number: int = 0, time_limit_s
     )
 
 
-def outcomes(pool: RayPool, num_jobs: int, timeout_s: float = 60.0) -> dict[int, Measurement | Failure]:
+def outcomes(pool: RayPool, num_jobs: int, timeout_s: float = 240.0) -> dict[int, Measurement | Failure]:
     found: dict[int, Measurement | Failure] = {}
     deadline = time.monotonic() + timeout_s
     while len(found) < num_jobs:

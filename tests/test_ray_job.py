@@ -42,7 +42,13 @@ class Head:
 
     def submit(self, *entrypoint: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
         flags = [] if wait else ["--no-wait"]
-        return self.ray("job", "submit", *flags, "--working-dir", ".", "--", *entrypoint)
+        deadline = time.monotonic() + 180
+        while True:
+            done = self.ray("job", "submit", *flags, "--working-dir", ".", "--", *entrypoint)
+            # `ray start` returns before the agent that takes jobs has started.
+            if "No available agent" not in done.stderr or time.monotonic() > deadline:
+                return done
+            time.sleep(1)
 
     @property
     def runs(self) -> Path:

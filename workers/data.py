@@ -123,7 +123,7 @@ def _split(source: str) -> tuple[str, Path | None]:
         if Path(source).exists():
             kind = "folder" if Path(source).is_dir() else "tar"
             raise ValueError(f"data {source!r} is a path without its kind; write '{kind}:{source}'")
-        raise unknown_name("data source", scheme, ("digits", "folder", "tar"), source)
+        raise unknown_name("data source", scheme, ("digits", "folder:PATH", "tar:PATH"))
     if not text:
         raise ValueError(f"data {source!r} lacks its path; write '{scheme}:PATH'")
     path = Path(os.path.abspath(Path(text).expanduser()))
