@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 SQLITE = "sqlite:///"
 
@@ -51,10 +52,26 @@ class RunPaths:
         """Held by the one driver of the study."""
         return self.root / f"{_file_name(study)}.lock"
 
+    def archiving(self, study: str) -> Path:
+        """Exists while the study is being set aside under a dated name."""
+        return self.root / f"{_file_name(study)}.archiving.json"
+
+
+def journal_lock(journal: Path, study: str) -> Path:
+    """Held by the one driver of the study in this journal, which several runs directories may share."""
+    journal = journal.resolve()
+    return journal.with_name(f"{journal.name}.{_file_name(study)}.lock")
+
 
 def sqlite_path(uri: str) -> Path | None:
     """The database file of a sqlite URI; None for any other URI."""
     return Path(uri.removeprefix(SQLITE)).absolute() if uri.startswith(SQLITE) else None
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown."""
+    password = urlsplit(url).password
+    return url.replace(f":{password}@", ":***@") if password else url
 
 
 def _file_name(name: str) -> str:

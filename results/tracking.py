@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import unquote, urlsplit
 
-from results.paths import sqlite_path
+from results.paths import sqlite_path, without_password
 from results.records import Failure, Measurement, Metric, Outcome
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -47,6 +47,7 @@ ELAPSED = "elapsed_s"
 FINAL_STATUSES = ("FINISHED", "FAILED")
 PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
+STUDY_ID_TAG = "study_id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,7 @@ class MlflowTracker:
     moved under the new parent, so that a parent lists the trials that ended under it. `artifact_root` counts for a store
     without a server, default `mlflow-artifacts` beside a sqlite file; a server chooses its own. `invocation` holds the
     settings of the parent run, `command` among them if known; `objectives` the metrics of each phase that decide its rank.
+    `study_id` tells this study from others of its name: ValueError is raised if the experiment holds one of those.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class MlflowTracker:
         uri: str,
         study: str,
         *,
+        study_id: str = "",
         artifact_root: Path | None = None,
         invocation: Mapping[str, str],
         objectives: Mapping[str, Sequence[Metric]],
@@ -153,7 +156,7 @@ class MlflowTracker:
             artifact_root = artifact_root or path.parent / "mlflow-artifacts"
             _create_sqlite_store(path)
         self._client = mlflow_client(uri)
-        self._experiment_id = self._open_experiment(artifact_root)
+        self._experiment_id = self._open_experiment(artifact_root, study_id)
         for run in self._runs("attributes.status = 'RUNNING'"):
             self._client.set_terminated(run.info.run_id, "KILLED")
         self._user = _user_tags()
@@ -231,14 +234,20 @@ class MlflowTracker:
         for run in self._runs("attributes.status = 'RUNNING'"):
             self._client.set_terminated(run.info.run_id, status if run.info.run_id == self.parent_run_id else "KILLED")
 
-    def _open_experiment(self, artifact_root: Path | None) -> str:
+    def _open_experiment(self, artifact_root: Path | None, study_id: str) -> str:
         experiment = self._client.get_experiment_by_name(self.study)
         if experiment is None:
             location = None if artifact_root is None or not _is_database(self.uri) else artifact_root.absolute().as_uri()
-            return self._client.create_experiment(self.study, location, tags={"mlflow.experimentKind": "custom_model_development"})
+            tags = {"mlflow.experimentKind": "custom_model_development", STUDY_ID_TAG: study_id}
+            return self._client.create_experiment(self.study, location, tags=tags)
         if experiment.lifecycle_stage != "active":
             raise ValueError(
                 f"experiment {self.study!r} was deleted in MLflow ({self.uri}); restore it there, or give the study another name"
+            )
+        if experiment.tags.get(STUDY_ID_TAG, study_id) != study_id:
+            raise ValueError(
+                f"experiment {self.study!r} in MLflow ({without_password(self.uri)}) records another study of that name, of another "
+                "Optuna storage; use another --name, or --fresh to set it aside"
             )
         return experiment.experiment_id
 
@@ -408,21 +417,36 @@ def check_tracking(uri: str) -> None:
         with _impatient():
             mlflow_client(uri).search_experiments(max_results=1)
     except Exception as error:
-        raise ValueError(f"MLflow tracking {_without_password(uri)!r} cannot be used: {_reason(error)}") from error
+        raise ValueError(f"MLflow tracking {without_password(uri)!r} cannot be used: {_reason(error)}") from error
+
+
+def experiment_named(uri: str, name: str) -> Experiment | None:
+    """The experiment of this name, a deleted one too; None if there is none. Creates nothing."""
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        return None
+    return mlflow_client(uri).get_experiment_by_name(name)
+
+
+def archivable_experiment(uri: str, study: str) -> Experiment | None:
+    """The study's experiment; raises ValueError if it was deleted, as MLflow renames none that was."""
+    experiment = experiment_named(uri, study)
+    if experiment is not None and experiment.lifecycle_stage != "active":
+        raise ValueError(
+            f"experiment {study!r} was deleted in MLflow ({without_password(uri)}) and cannot be set aside;"
+            " restore it there, or give the study another name"
+        )
+    return experiment
 
 
 def archive_experiment(uri: str, study: str, new_name: str) -> bool:
     """Give the study's experiment another name; nothing is deleted. False if there is no such experiment."""
-    path = sqlite_path(uri)
-    if path is not None and not path.exists():
-        return False
-    client = mlflow_client(uri)
-    experiment = client.get_experiment_by_name(study)
+    experiment = archivable_experiment(uri, study)
     if experiment is None:
         return False
-    if client.get_experiment_by_name(new_name) is not None:
+    if experiment_named(uri, new_name) is not None:
         raise ValueError(f"experiment {study!r} cannot be archived as {new_name!r}: MLflow ({uri}) has an experiment of that name")
-    client.rename_experiment(experiment.experiment_id, new_name)
+    mlflow_client(uri).rename_experiment(experiment.experiment_id, new_name)
     return True
 
 
@@ -492,7 +516,7 @@ def _check_database(uri: str) -> None:
         engine.connect().close()
         engine.dispose()
     except Exception as error:
-        raise ValueError(f"MLflow tracking {_without_password(uri)!r} cannot be used: {_reason(error)}") from error
+        raise ValueError(f"MLflow tracking {without_password(uri)!r} cannot be used: {_reason(error)}") from error
 
 
 @contextmanager
@@ -529,11 +553,6 @@ def _is_database(uri: str) -> bool:
     return urlsplit(uri).scheme.split("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
 
 
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
-
-
 def _local_folder(artifact_uri: str) -> Path | None:
     parts = urlsplit(artifact_uri)
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
@@ -552,13 +571,19 @@ def _read_text(client: MlflowClient, run: Run, name: str) -> str | None:
         return Path(client.download_artifacts(run.info.run_id, name, target)).read_text()
 
 
-def _user_tags() -> dict[str, str]:
+def user_name() -> str | None:
+    """None in a container whose user id has no name."""
     import getpass
 
     try:
-        return {"mlflow.user": getpass.getuser()}
-    except (KeyError, OSError):  # a container whose user id has no name
-        return {}
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return None
+
+
+def _user_tags() -> dict[str, str]:
+    user = user_name()
+    return {} if user is None else {"mlflow.user": user}
 
 
 def _now_ms() -> int:

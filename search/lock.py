@@ -1,8 +1,7 @@
-"""One driver per study: a lock file beside the journal, or a lease kept in the storage where there is no common disk."""
+"""One driver per study: lock files in the runs directory and beside the journal, a lease in a storage without common disk."""
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import socket
@@ -12,10 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from results.tracking import user_name
+
 if TYPE_CHECKING:
     import optuna
 
 LEASE_S = 60.0
+SETTLE_S = 1.0
+POLL_S = 2.0
 LEASE_ATTRIBUTE = "driver_lease"
 
 
@@ -32,12 +35,42 @@ class Hold(Protocol):
 
 
 def _holder() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "user": getpass.getuser(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "kernel": _kernel(),
+        "user": user_name() or f"user id {os.getuid()}",
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _kernel() -> str:
+    """What process ids are unique within: containers may share a host's name but not its processes. Empty where unknown."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _has_died(holder: dict[str, Any]) -> bool:
+    """Whether the holder is known to be gone: a process of this very machine that is no more."""
+    if (holder.get("host"), holder.get("kernel")) != (socket.gethostname(), _kernel()):
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # of another user
+        return False
+    return False
 
 
 def _refusal(study: str, holder: dict[str, Any]) -> StudyIsDriven:
-    who = f"process {holder.get('pid')} of {holder.get('user')} on {holder.get('host')}, since {holder.get('since')}"
-    return StudyIsDriven(f"study {study!r} is being run by {who}; wait for it, stop it, or use another --name")
+    return StudyIsDriven(f"study {study!r} is being run by {_described(holder)}; wait for it, stop it, or use another --name")
+
+
+def _described(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid')} of {holder.get('user')} on {holder.get('host')}, since {holder.get('since')}"
 
 
 class LockFile:
@@ -69,29 +102,73 @@ class LockFile:
 
 
 class Lease:
-    """Held by a dated note in the study's attributes; a driver that stops renewing it loses it after a minute."""
+    """Held by a dated note in the study's attributes; a driver that stops renewing it loses it after a minute.
 
-    def __init__(self, study: optuna.Study, clock: Callable[[], float] = time.time, settle_s: float = 1.0):
+    One that is found held is taken at once if its holder was killed on this machine; else it is waited for, as a holder
+    that lives will renew it before it expires. `say` is told of the wait.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        *,
+        say: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
         self._study = study
         self._clock = clock
         self._note = {**_holder(), "token": uuid.uuid4().hex}
-        held = study.user_attrs.get(LEASE_ATTRIBUTE)
-        if held and held["until"] > clock():
-            raise _refusal(study.study_name, held)
+        self._wait_until_free(say or (lambda text: None), sleep)
         self._write()
         # Two drivers may both have found it free: the one whose note survives the other's write has it.
-        time.sleep(settle_s)
-        held = study.user_attrs[LEASE_ATTRIBUTE]
-        if held["token"] != self._note["token"]:
-            raise _refusal(study.study_name, held)
+        sleep(SETTLE_S)
+        self._check_held()
+
+    def renew(self) -> None:
+        """Raises StudyIsDriven if another driver has taken the lease since: this one must stop."""
+        if self._until - self._clock() < LEASE_S / 2:
+            self._check_held()
+            self._write()
+
+    def release(self) -> None:
+        if self.is_held():
+            self._study.set_user_attr(LEASE_ATTRIBUTE, {**self._note, "until": 0.0})
+
+    def is_held(self) -> bool:
+        """Whether the study exists and the note in it is still ours."""
+        return (self._read() or {}).get("token") == self._note["token"]
+
+    def _wait_until_free(self, say: Callable[[str], None], sleep: Callable[[float], None]) -> None:
+        held = self._read()
+        if not held or held["until"] <= self._clock() or _has_died(held):
+            return
+        # Another machine's clock may be far ahead of ours; a minute without renewal is enough by any clock.
+        expires = min(held["until"], self._clock() + LEASE_S)
+        left_s = expires - self._clock()
+        say(f"study {self._study.study_name!r} is held by {_described(held)}; waiting up to {left_s:.0f} s to see whether that one lives")
+        while (now := self._clock()) < expires:
+            sleep(min(POLL_S, expires - now))
+            seen = self._read()
+            if not seen or seen["until"] == 0.0:
+                return
+            if (seen["token"], seen["until"]) != (held["token"], held["until"]):
+                raise _refusal(self._study.study_name, seen)
+
+    def _check_held(self) -> None:
+        held = self._read()
+        if held is None:
+            raise StudyIsDriven(f"study {self._study.study_name!r} has been deleted or set aside by another driver")
+        if held.get("token") != self._note["token"]:
+            raise _refusal(self._study.study_name, held)
+
+    def _read(self) -> dict[str, Any] | None:
+        """The note as it is in the storage now, empty if there is none; None if the study is no more."""
+        try:
+            return self._study.user_attrs.get(LEASE_ATTRIBUTE, {})
+        except KeyError:
+            return None
 
     def _write(self) -> None:
         self._until = self._clock() + LEASE_S
         self._study.set_user_attr(LEASE_ATTRIBUTE, {**self._note, "until": self._until})
-
-    def renew(self) -> None:
-        if self._until - self._clock() < LEASE_S / 2:
-            self._write()
-
-    def release(self) -> None:
-        self._study.set_user_attr(LEASE_ATTRIBUTE, {**self._note, "until": 0.0})

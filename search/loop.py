@@ -10,10 +10,12 @@ record   outcome.json in the workdir, then MLflow, then Optuna: whatever the ord
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.trial import TrialState
@@ -96,18 +98,29 @@ class PhaseLoop:
     _failures_in_a_row: int = 0
     _rejected_in_a_row: int = 0
     _proposals_ended: bool = False
+    _waits_for_nodes: bool = False
     _warned: set[str] = field(default_factory=set)
 
     def run(self) -> None:
         """Run until the phase is complete.
 
-        Raises PhaseStopped after too many failures or rejected proposals in a row.
+        A trial that a lost driver left running is completed, also when fewer trials are asked for by now. Raises
+        PhaseStopped after too many failures or rejected proposals in a row.
         """
+        try:
+            self._run()
+        except BaseException:
+            self._show(final=True)
+            raise
+
+    def _run(self) -> None:
         self._read_ledger()
         while True:
-            self._fill()
-            if not (self._running or self._again):
-                break
+            is_satisfied = self._fill()
+            if not self._running:
+                if is_satisfied:
+                    break
+                self._wait_for_nodes()
             self._show()
             for event in self.pool.poll(POLL_S):
                 if event.trial not in self._running:
@@ -117,9 +130,17 @@ class PhaseLoop:
                 else:
                     self.tracker.report(self._running[event.trial].record, event.name, event.value, event.step)
             self.hold.renew()
-        if self.proposer is not None:
-            self.tracker.mark_family(self.phase.name, [trial.number for trial in self.proposer.family(self.study)])
         self._show(final=True)
+        if self.proposer is not None:
+            self.progress.say(f"{self.study.study_name} has ended: {self.proposer.ended}")
+            self.tracker.mark_family(self.phase.name, [trial.number for trial in self.proposer.family(self.study)])
+
+    def _wait_for_nodes(self) -> None:
+        """A cluster may be without a fitting node for a while, between one that left and the next that comes."""
+        if not self._waits_for_nodes:
+            self.progress.say("no node of the cluster has room for a trial; waiting for one")
+        self._waits_for_nodes = True
+        time.sleep(POLL_S)
 
     def _read_ledger(self) -> None:
         for told in self.study.get_trials(deepcopy=False):
@@ -129,20 +150,21 @@ class PhaseLoop:
                 self._counts[told.state] = self._counts.get(told.state, 0) + 1
                 self._note_best(told.values)
                 if stored := _read_outcome(self.measuring.workdir(told.number)):
-                    self._remember(*stored, told.number)
+                    self._remember(stored.key, stored.outcome, told.number)
 
-    def _fill(self) -> None:
-        """Ask for and submit trials until the pool is full or nothing more is wanted."""
+    def _fill(self) -> bool:
+        """Ask for and submit trials until the pool is full (False) or nothing more is wanted for now (True)."""
         while len(self._running) < self.pool.capacity():
             self._show()
             if self._again:
-                self._submit(self._again.popleft())
+                self._dispatch(self._again.popleft())
             elif self._adopted:
                 self._start(self._adopted.popleft(), is_adopted=True)
             elif self._num_in_flight() < 2 * self.pool.capacity() and self._wants_more():
                 self._start(self.study.ask(), is_adopted=False)
             else:
-                return
+                return True
+        return False
 
     def _num_in_flight(self) -> int:
         return len(self._running) + sum(map(len, self._followers.values())) + len(self._again) + len(self._adopted)
@@ -170,22 +192,27 @@ class PhaseLoop:
         except SpecError as error:
             self._fail_unrecorded(trial, error)
             return
-        for name, over in excess.items():
-            trial.set_constraint(name, over)
-        if any(over > 0 for over in excess.values()):
-            self._reject(trial)
-            return
-        self._rejected_in_a_row = 0
+        is_over_budget = _set_constraints(trial, excess)
         asked = self._asked(trial, candidate)
         if is_adopted and (outcome := self._outcome_of_lost_driver(asked)) is not None:
             self.tracker.open(asked.record)
             self._tell(asked, outcome)
-        elif asked.job.key in self._known:
+        elif is_over_budget:
+            self._reject(trial)
+        else:
+            self._rejected_in_a_row = 0
+            self._dispatch(asked)
+
+    def _dispatch(self, asked: _Asked) -> None:
+        """Measure the trial, unless an equal one was measured or is being measured."""
+        if asked.job.key in self._known:
             self._repeat(asked)
         elif any(running.job.key == asked.job.key for running in self._running.values()):
             self._followers.setdefault(asked.job.key, []).append(asked)
         else:
-            self._submit(asked)
+            self.tracker.open(asked.record)
+            self._running[asked.trial.number] = asked
+            self.pool.submit(asked.job)
 
     def _asked(self, trial: optuna.Trial, candidate: Candidate) -> _Asked:
         record = TrialRecord(
@@ -201,20 +228,11 @@ class PhaseLoop:
         )
         return _Asked(trial, self.measuring.job(trial.number, candidate, self.phase), record)
 
-    def _submit(self, asked: _Asked) -> None:
-        self.tracker.open(asked.record)
-        self._running[asked.trial.number] = asked
-        self.pool.submit(asked.job)
-
     def _finish(self, number: int, outcome: Outcome) -> None:
         asked = self._running.pop(number)
         followers = self._followers.pop(asked.job.key, [])
         self._tell(asked, outcome)
-        for follower in followers:
-            if asked.job.key in self._known:
-                self._repeat(follower)
-            else:
-                self._again.append(follower)
+        self._again.extend(followers)
 
     def _repeat(self, asked: _Asked) -> None:
         """Tell a trial what an equal one measured."""
@@ -225,20 +243,19 @@ class PhaseLoop:
 
     def _outcome_of_lost_driver(self, asked: _Asked) -> Outcome | None:
         stored = _read_outcome(asked.job.workdir)
-        if stored and stored[0] == asked.job.key:
-            return stored[1]
+        if stored and stored.key == asked.job.key:
+            asked.record = replace(asked.record, reused_from=stored.reused_from)
+            return stored.outcome
         return self.tracker.finished_outcome(self.phase.name, asked.trial.number)
 
     def _tell(self, asked: _Asked, outcome: Outcome) -> None:
         key = asked.job.key
-        write_json_atomically(
-            asked.job.workdir / OUTCOME_FILE, {"key": key, "candidate": asked.record.candidate, **outcome_to_json(outcome)}
-        )
+        identity = {"key": key, "reused_from": asked.record.reused_from, "candidate": asked.record.candidate}
+        write_json_atomically(asked.job.workdir / OUTCOME_FILE, {**identity, **outcome_to_json(outcome)})
         self.tracker.record(asked.record, outcome)
         self._remember(key, outcome, asked.trial.number)
-        identity = {"digest": asked.record.digest, "label": asked.record.label}
+        asked.trial.set_user_attr(RESULT_ATTRIBUTE, _result(asked.job.candidate, outcome))
         if isinstance(outcome, Measurement):
-            asked.trial.set_user_attr(RESULT_ATTRIBUTE, {**identity, **outcome.values})
             values = [outcome.values[name] for name in self.phase.objectives]
             self.study.tell(asked.trial, values)
             self._note_best(values)
@@ -247,7 +264,6 @@ class PhaseLoop:
             for warning in outcome.warnings:
                 self._warn_once(warning)
         else:
-            asked.trial.set_user_attr(RESULT_ATTRIBUTE, {**identity, "failure": outcome.kind, "message": outcome.message})
             self.study.tell(asked.trial, state=TrialState.FAIL)
             self._count(TrialState.FAIL)
             self.progress.say(f"trial {asked.trial.number} failed ({outcome.kind}): {outcome.message}")
@@ -315,14 +331,12 @@ def make_objective(phase: Phase, measuring: Measuring) -> Callable[[optuna.Trial
 
     def objective(trial: optuna.Trial) -> float | tuple[float, ...]:
         candidate = phase.space.decode(phase.space.suggest(trial))
-        for name, over in phase.budget.excess(candidate).items():
-            trial.set_constraint(name, over)
-            if over > 0:
-                raise optuna.TrialPruned(f"over {name} by {over:g}")
+        if _set_constraints(trial, phase.budget.excess(candidate)):
+            raise optuna.TrialPruned(f"over budget: {phase.budget}")
         outcome = evaluate(measuring.job(trial.number, candidate, phase))
+        trial.set_user_attr(RESULT_ATTRIBUTE, _result(candidate, outcome))
         if isinstance(outcome, Failure):
             raise EvaluationFailed(f"{outcome.kind}: {outcome.message}")
-        trial.set_user_attr(RESULT_ATTRIBUTE, {"digest": candidate.model.digest, "label": candidate.label, **outcome.values})
         first, *others = (outcome.values[name] for name in phase.objectives)
         return (first, *others) if others else first
 
@@ -333,9 +347,33 @@ class EvaluationFailed(RuntimeError):
     """A candidate could not be measured; the message says why."""
 
 
-def _read_outcome(workdir: Path) -> tuple[str, Outcome] | None:
+def _set_constraints(trial: optuna.Trial, excess: Mapping[str, float]) -> bool:
+    """Give the trial its constraints, at most 0 where they hold; True if one does not."""
+    for name, over in excess.items():
+        trial.set_constraint(name, over)
+    return any(over > 0 for over in excess.values())
+
+
+def _result(candidate: Candidate, outcome: Outcome) -> dict[str, Any]:
+    """What Optuna's record of a trial says of its outcome beside the objectives."""
+    identity = {"digest": candidate.model.digest, "label": candidate.label}
+    if isinstance(outcome, Failure):
+        return {**identity, "failure": outcome.kind, "message": outcome.message}
+    return {**identity, **outcome.values}
+
+
+class _Stored(NamedTuple):
+    """What an outcome file holds."""
+
+    key: str
+    reused_from: int | None
+    outcome: Outcome
+
+
+def _read_outcome(workdir: Path) -> _Stored | None:
     try:
-        data: Mapping = json.loads((workdir / OUTCOME_FILE).read_text())
+        data: Mapping[str, Any] = json.loads((workdir / OUTCOME_FILE).read_text())
     except (OSError, json.JSONDecodeError):
         return None
-    return data["key"], outcome_from_json({name: value for name, value in data.items() if name not in ("key", "candidate")})
+    outcome = outcome_from_json({name: value for name, value in data.items() if name not in ("key", "reused_from", "candidate")})
+    return _Stored(data["key"], data["reused_from"], outcome)

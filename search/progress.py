@@ -32,6 +32,7 @@ class Progress:
         self._stream = stream or sys.stdout
         self._clock = clock
         self._is_terminal = self._stream.isatty()
+        self._reader_has_gone = False
         self._title: str | None = None
         self._shown_at = float("-inf")
         self._shown = ""
@@ -50,15 +51,23 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of its own, above the status."""
-        self._stream.write(f"\r\x1b[K{text}\n" if self._is_terminal else f"{text}\n")
-        self._stream.flush()
+        self._put(f"\r\x1b[K{text}\n" if self._is_terminal else f"{text}\n")
 
     def _write(self, line: str, final: bool) -> None:
         if self._is_terminal:
-            self._stream.write(f"\r\x1b[K{line}" + ("\n" if final else ""))
+            self._put(f"\r\x1b[K{line}" + ("\n" if final else ""))
         else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+            self._put(line + "\n")
+
+    def _put(self, text: str) -> None:
+        if self._reader_has_gone:
+            return
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except BrokenPipeError:
+            # `| head` has seen enough; the study has not.
+            self._reader_has_gone = True
 
     def _line(self, status: Status, now: float) -> str:
         total = "" if status.total is None else f"/{status.total}"

@@ -8,14 +8,19 @@ import json
 import os
 import signal
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from results.paths import RunPaths, default_runs
+from results.paths import RunPaths, default_runs, without_password
 from search.study import RunSettings, studies
 from space import catalog
 from space.component import KINDS, components
 from space.registry import SpecError, unknown_name
+
+IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in the environment of a job's driver."""
 
 USAGE = """\
 usage: search/run.py STUDY [flags]                        run or resume a study (--help lists the flags)
@@ -34,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     # Ray and MLflow report usage over the network unless told not to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # timm still uses torch.jit, which torch 2.15 comments on at every import.
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE + f"\nstudies: {', '.join(studies.names())}")
         return 0 if argv else 2
@@ -45,10 +52,11 @@ def main(argv: list[str] | None = None) -> int:
             raise unknown_name("study or command", argv[0], [*studies.names(), *commands])
         return _study(argv[0], argv[1:])
     except ValueError as error:
-        if os.environ.get("VITSCALE_TRACEBACK"):
-            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader of our output (`| head`) has gone; pointing stdout elsewhere keeps the interpreter's exit quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -149,7 +157,7 @@ def _evaluate(argv: list[str]) -> int:
 
 def _study(study: str, argv: list[str]) -> int:
     settings, args = parse_study(study, argv)
-    from search.service import Interrupted, PhaseStopped, run_study
+    from search.service import PhaseStopped, run_study
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -157,9 +165,6 @@ def _study(study: str, argv: list[str]) -> int:
     except PhaseStopped as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except Interrupted as error:
-        print(error, file=sys.stderr)
-        return 130
     return 0
 
 
@@ -182,7 +187,9 @@ def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Name
     parser.add_argument("--time-limit-s", type=_positive_float, metavar="S", help="a trial that takes longer is cancelled and failed")
     parser.add_argument("--workers", type=_positive_int, metavar="N", help="most trials in flight; default: what the cluster holds")
     parser.add_argument("--ray-address", metavar="A", help="'local', 'auto' or HOST:PORT; default: the job's cluster, else local")
-    parser.add_argument("--runs", metavar="DIR", help="folder of all results; default: ./runs, in a Ray job ~/vitscale/runs")
+    parser.add_argument(
+        "--runs", metavar="DIR", help="folder of all results; default: $VITSCALE_RUNS, else ./runs, in a Ray job ~/vitscale/runs"
+    )
     parser.add_argument("--storage", metavar="URL", help="Optuna storage: journal file, database URL or grpc://HOST:PORT")
     parser.add_argument("--tracking-uri", metavar="URI", help="MLflow tracking server or store")
     parser.add_argument("--fresh", action="store_true", help="set the old study aside under a dated name and begin anew")
@@ -193,10 +200,11 @@ def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Name
 def resolve_model(text: str, args: argparse.Namespace):
     """The spec that `text` names: of the catalogue, a method's string, a file, or a leaderboard entry by its digest."""
     if len(text) >= 6 and all(letter in "0123456789abcdef" for letter in text) and text not in catalog.names():
-        from results.tracking import find_candidate
+        from results.tracking import check_tracking, find_candidate
         from space.spec import ArchSpec
 
         uri = args.tracking_uri or RunPaths(_runs_folder(args.runs)).mlflow_uri
+        check_tracking(uri)
         candidate = find_candidate(uri, text)
         if candidate is None:
             raise SpecError(f"no leaderboard entry has the digest {text!r} in {uri}; --runs or --tracking-uri name another store")
@@ -211,9 +219,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of weights, curves, images and strategies")
+    parser.add_argument("--seed", type=_whole_number, default=0, help="of weights, curves, images and strategies")
     parser.add_argument("--data", default="digits", metavar="SOURCE", help="images: digits, folder:PATH or tar:PATH")
-    parser.add_argument("--gpus", type=float, default=0.0, metavar="N", help="GPUs per trial; above 0 measures on the GPU")
+    parser.add_argument("--gpus", type=_non_negative_float, default=0.0, metavar="N", help="GPUs per trial; above 0 measures on the GPU")
     parser.add_argument(
         "--set", action="append", default=[], metavar="E.FIELD=VALUE", help="a setting of an evaluator, e.g. as_vit.num_repeats=3"
     )
@@ -235,7 +243,8 @@ def _run_settings(study: str, args: argparse.Namespace) -> RunSettings:
             "study": study,
             "runs": _runs_folder(args.runs),
             "num_trials": getattr(args, "trials", None),
-            "data": _absolute_source(args.data),
+            "storage": _lasting_store(getattr(args, "storage", None), "--storage"),
+            "tracking_uri": _lasting_store(args.tracking_uri, "--tracking-uri"),
             "evaluator_settings": chosen,
         }
     )
@@ -247,14 +256,21 @@ def _refuse_settings_of_others(settings: RunSettings, names: list[str]) -> None:
             raise unknown_name("evaluator", name, names, "--set")
 
 
-def _absolute_source(source: str) -> str:
-    scheme, colon, path = source.partition(":")
-    return f"{scheme}:{Path(path).expanduser().resolve()}" if colon and path else source
+def _lasting_store(location: str | None, flag: str) -> str | None:
+    """A store that is still there after the run: a file by its absolute path, a URL as it is."""
+    if location is None:
+        return None
+    path = location.removeprefix("sqlite:///")
+    if "://" in path:
+        return location
+    if IN_RAY_JOB in os.environ and not Path(path).expanduser().is_absolute():
+        raise SpecError(f"{flag} {location!r} is relative, but a Ray job runs in a throw-away copy of its folder: give an absolute path")
+    return location.removesuffix(path) + str(Path(path).expanduser().absolute())
 
 
 def _runs_folder(flag: str | None) -> Path:
     """Where results go, absolute; inside a Ray job the current directory is a copy whose name changes with every edit."""
-    in_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    in_ray_job = IN_RAY_JOB in os.environ
     if in_ray_job and flag and not Path(flag).expanduser().is_absolute():
         raise SpecError(f"--runs {flag!r} is relative, but a Ray job runs in a throw-away copy of its folder: give an absolute path")
     if flag:
@@ -265,28 +281,33 @@ def _runs_folder(flag: str | None) -> Path:
 
 
 def _ray_address(flag: str | None) -> str:
-    # Ray gives a job's driver the address of the cluster it was submitted to.
-    return flag or ("auto" if "RAY_ADDRESS" in os.environ else "local")
+    # Outside a job RAY_ADDRESS may hold the address that jobs are submitted to, which no driver can join.
+    return flag or ("auto" if IN_RAY_JOB in os.environ else "local")
 
 
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+def _number(kind: type, is_allowed: Callable[[Any], bool], meaning: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not is_allowed(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}")
+        return value
+
+    return parse
 
 
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+_positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
+_whole_number = _number(int, lambda value: value >= 0, "a whole number from 0")
+_positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
+_non_negative_float = _number(float, lambda value: 0 <= value < float("inf"), "a number from 0")
 
 
 def _command() -> str:
     import shlex
 
-    return shlex.join(["search/run.py", *sys.argv[1:]])
+    return shlex.join(["search/run.py", *map(without_password, sys.argv[1:])])
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -12,76 +16,90 @@ import optuna
 from optuna.storages import BaseStorage
 
 from results.leaderboard import attach_leaderboard, print_results
-from results.paths import RunPaths
-from results.tracking import MlflowTracker, archive_experiment, check_tracking
-from search.lock import Hold, Lease, LockFile
+from results.paths import RunPaths, journal_lock, without_password
+from results.records import write_json_atomically
+from results.tracking import MlflowTracker, RunStatus, archivable_experiment, archive_experiment, check_tracking, experiment_named
+from search.lock import Hold, Lease, LockFile, StudyIsDriven
 from search.loop import Measuring, PhaseLoop, PhaseStopped, make_objective
 from search.progress import Progress
 from search.storage import open_storage
 from search.strategy import strategies
-from search.study import Phase, RunSettings, Study, open_phase, studies
+from search.study import IDENTITY_ATTRIBUTE, Phase, RunSettings, SettingsError, Study, open_phase, studies
 from space.registry import unknown_name
 from workers.data import check_source, fingerprint
 from workers.pool import Pool, RayPool, SerialPool
 
-__all__ = ["Interrupted", "PhaseStopped", "objective", "open_study", "run_study"]
+__all__ = ["PhaseStopped", "objective", "open_study", "run_study"]
 
 LEADERBOARD_ROWS = 10
+STUDY_NAME = r"[\w.+=-]+"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-class Interrupted(RuntimeError):
-    """The user stopped the run; the message says how to go on."""
 
 
 def run_study(settings: RunSettings, *, fresh: bool, max_workers: int | None, ray_address: str, command: str) -> None:
     """Run or resume the study to its end and print its leaderboard.
 
     Raises ValueError, before any work, for whatever a user can have got wrong; PhaseStopped when the work itself cannot
-    go on; Interrupted when the user stops it. What was measured is kept in each case.
+    go on. However it ends, what was measured is kept.
     """
     opened = _Opened(settings)
     progress = Progress()
-    progress.say(f"results in {opened.paths.root} (Optuna: {opened.storage_location}; MLflow: {opened.tracking_uri})")
+    progress.say(f"results in {opened.paths.root} (Optuna: {opened.shown_storage}; MLflow: {opened.shown_tracking})")
     check_tracking(opened.tracking_uri)
     with _driving(opened, fresh) as (hold, phases):
-        pool = _make_pool(opened.study, settings, max_workers, ray_address)
+        tracker = MlflowTracker(
+            uri=opened.tracking_uri,
+            study=settings.study_name,
+            study_id=next(iter(phases.values())).user_attrs[IDENTITY_ATTRIBUTE],
+            artifact_root=opened.artifact_root,
+            invocation={"command": command, "seed": str(settings.seed), "data": settings.data},
+            objectives={phase.name: list(phase.goals) for phase in opened.study.phases},
+        )
+        status: RunStatus = "KILLED"
         try:
-            tracker = MlflowTracker(
-                uri=opened.tracking_uri,
-                study=settings.study_name,
-                artifact_root=opened.artifact_root,
-                invocation={"command": command, "seed": str(settings.seed), "data": settings.data},
-                objectives={phase.name: list(phase.goals) for phase in opened.study.phases},
-            )
-            status = "KILLED"
-            try:
+            with closing(_make_pool(opened, max_workers, ray_address)) as pool:
                 for phase in opened.study.phases:
-                    PhaseLoop(
-                        study_name=settings.study_name,
-                        phase=phase,
-                        study=phases[phase.name],
-                        measuring=opened.measuring(phase),
-                        pool=pool,
-                        tracker=tracker,
-                        progress=progress,
-                        hold=hold,
-                        proposer=phase.propose(phases) if phase.propose else None,
-                    ).run()
-                status = "FINISHED"
-            except PhaseStopped:
-                status = "FAILED"
-                raise
-            except KeyboardInterrupt:
-                raise Interrupted("interrupted; what was measured is kept, and the same command goes on from there") from None
-            finally:
-                results = attach_leaderboard(tracker)
-                tracker.close(status)
+                    _run_phase(opened, phase, phases, pool, tracker, progress, hold)
+            status = "FINISHED"
+        except PhaseStopped:
+            status = "FAILED"
+            raise
         finally:
-            pool.shutdown()
+            try:
+                results = attach_leaderboard(tracker)
+            finally:
+                tracker.close(status)
     print_results(results, LEADERBOARD_ROWS)
-    print(f"all of it: python -m results.leaderboard {settings.study_name}, or MLflow at {opened.tracking_uri}")
+    print(f"all of it: python -m results.leaderboard {settings.study_name}, or MLflow at {opened.shown_tracking}")
+
+
+def _run_phase(
+    opened: _Opened,
+    phase: Phase,
+    phases: Mapping[str, optuna.Study],
+    pool: Pool,
+    tracker: MlflowTracker,
+    progress: Progress,
+    hold: Hold,
+) -> None:
+    try:
+        PhaseLoop(
+            study_name=opened.settings.study_name,
+            phase=phase,
+            study=phases[phase.name],
+            measuring=opened.measuring(phase),
+            pool=pool,
+            tracker=tracker,
+            progress=progress,
+            hold=hold,
+            proposer=phase.propose(phases) if phase.propose else None,
+        ).run()
+    except (SettingsError, StudyIsDriven):
+        raise
+    except ValueError as error:
+        # What a user can get wrong was checked before; from here on a ValueError is our own, and wants its traceback.
+        raise RuntimeError(f"{opened.settings.study_name}/{phase.name} met an internal error") from error
 
 
 def open_study(name: str, **settings: Any) -> optuna.Study:
@@ -111,7 +129,8 @@ class _Opened:
     """A study whose settings were all checked, and where its things lie. Nothing is created yet."""
 
     def __init__(self, settings: RunSettings):
-        self.settings = settings
+        if not re.fullmatch(STUDY_NAME, settings.study_name):
+            raise SettingsError(f"--name {settings.study_name!r} is no name for a study; allowed: letters, digits and . _ + = -")
         self.study: Study = studies.get(settings.study)(settings)
         used = {call.name for phase in self.study.phases for call in phase.evaluators}
         for name in settings.evaluator_settings:
@@ -122,12 +141,26 @@ class _Opened:
                 strategies.get(phase.strategy)
             phase.budget.check_reachable(phase.space)
         if any(call.evaluator.uses_data for phase in self.study.phases for call in phase.evaluators):
-            check_source(settings.data)
+            settings = replace(settings, data=check_source(settings.data))
+        self.settings = settings
         self.data_fingerprint = fingerprint(settings.data)
         self.paths = RunPaths(settings.runs)
         self.storage_location = settings.storage or str(self.paths.journal)
         self.tracking_uri = settings.tracking_uri or self.paths.mlflow_uri
         self.artifact_root = None if settings.tracking_uri else self.paths.artifact_root
+
+    @property
+    def shown_storage(self) -> str:
+        return without_password(self.storage_location)
+
+    @property
+    def shown_tracking(self) -> str:
+        return without_password(self.tracking_uri)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that each trial is given: what the user says, or what an evaluator cannot do without."""
+        return max(self.settings.gpus, *(call.evaluator.gpus for phase in self.study.phases for call in phase.evaluators))
 
     def storage(self) -> BaseStorage:
         return open_storage(self.storage_location)
@@ -139,7 +172,7 @@ class _Opened:
             data=settings.data,
             data_fingerprint=self.data_fingerprint,
             workdir=lambda number: self.paths.workdir(settings.study_name, phase.name, number),
-            gpus=settings.gpus,
+            gpus=self.gpus,
             time_limit_s=settings.time_limit_s,
         )
 
@@ -148,46 +181,101 @@ class _Opened:
 def _driving(opened: _Opened, fresh: bool) -> Iterator[tuple[Hold, dict[str, optuna.Study]]]:
     """Hold the study against other drivers, with the Optuna study of every phase open."""
     name = opened.settings.study_name
-    on_common_disk = "://" not in opened.storage_location
-    hold: Hold | None = LockFile(opened.paths.lock(name), name) if on_common_disk else None
-    try:
+    first = f"{name}/{opened.study.phases[0].name}"
+    with ExitStack() as stack:
+
+        def held(hold: Hold) -> Hold:
+            stack.callback(hold.release)
+            return hold
+
+        # The work folder and MLflow's store are in the runs directory; the Optuna storage may be shared by several of those.
+        hold = held(LockFile(opened.paths.lock(name), name))
         storage = opened.storage()
+        lease: Lease | None = None
+        if "://" not in opened.storage_location:
+            held(LockFile(journal_lock(Path(opened.storage_location), name), name))
+        elif first in optuna.get_all_study_names(storage):
+            hold = held(lease := Lease(optuna.load_study(study_name=first, storage=storage), say=Progress().say))
+        _finish_archiving(opened, storage, hold)
         if fresh:
-            _archive(opened, storage)
+            _archive(opened, storage, hold)
         phases = {
             phase.name: open_phase(f"{name}/{phase.name}", phase, opened.settings, opened.data_fingerprint, storage)
             for phase in opened.study.phases
         }
-        hold = hold or Lease(phases[opened.study.phases[0].name])
+        if "://" in opened.storage_location and not (lease and lease.is_held()):
+            hold = held(Lease(phases[opened.study.phases[0].name], say=Progress().say))
         yield hold, phases
-    finally:
-        if hold is not None:
-            hold.release()
 
 
-def _archive(opened: _Opened, storage: BaseStorage) -> None:
+def _archive(opened: _Opened, storage: BaseStorage, hold: Hold) -> None:
     """Give the study's things a dated name in every ledger, so that the name is free; deletes nothing that was measured."""
     name = opened.settings.study_name
-    archived = f"{name}@{time.strftime('%Y%m%d-%H%M%S')}"
-    for study_name in optuna.get_all_study_names(storage):
-        if study_name.rpartition("/")[0] == name:
-            copy = f"{archived}/{study_name.rpartition('/')[2]}"
-            optuna.copy_study(from_study_name=study_name, from_storage=storage, to_storage=storage, to_study_name=copy)
-            optuna.delete_study(study_name=study_name, storage=storage)
-    archive_experiment(opened.tracking_uri, name, archived)
-    work = opened.paths.study_dir(name)
-    if work.exists():
-        work.rename(opened.paths.study_dir(archived))
+    experiment = archivable_experiment(opened.tracking_uri, name)
+    study_ids = {
+        study_name: storage.get_study_id_from_name(study_name)
+        for study_name in optuna.get_all_study_names(storage)
+        if study_name.rpartition("/")[0] == name
+    }
+    if not (study_ids or experiment or opened.paths.study_dir(name).exists()):
+        return
+    # Written first: a driver that is killed on the way leaves it to the next start to finish, be that --fresh or not.
+    write_json_atomically(opened.paths.archiving(name), {"archived": _dated_name(opened, storage), "study_ids": study_ids})
+    _finish_archiving(opened, storage, hold)
 
 
-def _make_pool(study: Study, settings: RunSettings, max_workers: int | None, ray_address: str) -> Pool:
-    needs = [call.evaluator for phase in study.phases for call in phase.evaluators]
+def _finish_archiving(opened: _Opened, storage: BaseStorage, hold: Hold) -> None:
+    """Set the study aside if that was begun; every step may have been done already, in part or whole."""
+    name = opened.settings.study_name
+    intent_file = opened.paths.archiving(name)
+    if not intent_file.exists():
+        return
+    intent = json.loads(intent_file.read_text())
+    archived: str = intent["archived"]
+    first = f"{name}/{opened.study.phases[0].name}"
+    # The first phase last: on a database its study holds our lease.
+    for study_name in sorted(intent["study_ids"], key=lambda each: each == first):
+        _move_study(storage, study_name, intent["study_ids"][study_name], f"{archived}/{study_name.rpartition('/')[2]}", hold)
+    if experiment_named(opened.tracking_uri, archived) is None:
+        archive_experiment(opened.tracking_uri, name, archived)
+    work, archived_work = opened.paths.study_dir(name), opened.paths.study_dir(archived)
+    if work.exists() and not archived_work.exists():
+        work.rename(archived_work)
+    intent_file.unlink()
+
+
+def _move_study(storage: BaseStorage, study_name: str, study_id: int, new_name: str, hold: Hold) -> None:
+    names = optuna.get_all_study_names(storage)
+    # A study of that name but another id was made after ours was moved: it is not ours to move.
+    if study_name not in names or storage.get_study_id_from_name(study_name) != study_id:
+        return
+    if new_name in names:
+        optuna.delete_study(study_name=new_name, storage=storage)
+    optuna.copy_study(from_study_name=study_name, from_storage=storage, to_storage=storage, to_study_name=new_name)
+    # A copy can take longer than a lease lasts.
+    hold.renew()
+    optuna.delete_study(study_name=study_name, storage=storage)
+
+
+def _dated_name(opened: _Opened, storage: BaseStorage) -> str:
+    """A name that no ledger has yet, even if two studies are set aside within a second."""
+    dated = f"{opened.settings.study_name}@{time.strftime('%Y%m%d-%H%M%S')}"
+    taken = {study_name.rpartition("/")[0] for study_name in optuna.get_all_study_names(storage)}
+
+    def is_free(name: str) -> bool:
+        return name not in taken and not opened.paths.study_dir(name).exists() and experiment_named(opened.tracking_uri, name) is None
+
+    return next(name for name in chain([dated], (f"{dated}-{number}" for number in count(2))) if is_free(name))
+
+
+def _make_pool(opened: _Opened, max_workers: int | None, ray_address: str) -> Pool:
+    needs = [call.evaluator for phase in opened.study.phases for call in phase.evaluators]
     if all(need.is_free for need in needs):
         return SerialPool()
     return RayPool(
         address=ray_address,
         cpus=max(need.cpus for need in needs),
-        gpus=max(settings.gpus, *(need.gpus for need in needs)),
+        gpus=opened.gpus,
         memory_mb=max(need.memory_mb for need in needs),
         max_workers=max_workers,
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
+
+from results.paths import without_password
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -14,6 +16,9 @@ LOCK_GRACE_S = 5
 """After this time a journal lock is taken from its holder: Optuna's default of 30 s is spent waiting for dead ones."""
 
 GRPC = "grpc://"
+
+ENTRY_START = b'{"op_code":'
+"""How Optuna begins every line of a journal; by it a torn first line is told from a file of something else."""
 
 
 class StorageError(ValueError):
@@ -36,7 +41,7 @@ def open_storage(location: str | Path) -> BaseStorage:
         return _journal(Path(text))
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise StorageError(f"Optuna storage {text!r} cannot be opened: {reason}") from error
+        raise StorageError(f"Optuna storage {without_password(text)!r} cannot be opened: {reason}") from error
 
 
 def _grpc(url: str) -> BaseStorage:
@@ -63,27 +68,41 @@ def mend_journal(path: Path, lock: JournalFileSymlinkLock) -> int:
     """Cut back a last line that a killed writer left torn; returns the number of bytes cut.
 
     Optuna reads such a file but appends to the torn line, after which nobody can read it. Works under the journal's own
-    lock, so a line that is just being written by another process is never cut. Raises ValueError if the file holds
-    something else than journal lines.
+    lock, so a line that is just being written by another process is never cut. Raises ValueError, the file untouched, if
+    it holds something else than journal lines: a file of the user's may have been named by mistake.
     """
     lock.acquire()
     try:
         with path.open("r+b") as file:
             content_end = file.seek(0, 2)
+            if not content_end:
+                return 0
+            _check_head(file)
             tail_start = _start_of_last_line(file, content_end)
             file.seek(tail_start)
             tail = file.read()
-            if not tail or (tail.endswith(b"\n") and _is_json(tail)):
+            if tail.endswith(b"\n"):
+                if not _is_entry(tail):
+                    raise ValueError("the file is not an Optuna journal: its last line is no entry of one")
                 return 0
-            if tail_start == 0 and not tail.startswith(b"{"):
-                raise ValueError("the file is not an Optuna journal")
             file.truncate(tail_start)
             return content_end - tail_start
     finally:
         lock.release()
 
 
-def _start_of_last_line(file, end: int, block: int = 4096) -> int:
+def _check_head(file: BinaryIO) -> None:
+    """Raise ValueError unless the first line is a journal's, whole or, as the only one, torn."""
+    file.seek(0)
+    head = file.read(len(ENTRY_START))
+    if head.startswith(b"{"):
+        head += file.readline()
+    is_torn = not head.endswith(b"\n") and ENTRY_START.startswith(head[: len(ENTRY_START)])
+    if not is_torn and not (head.endswith(b"\n") and _is_entry(head)):
+        raise ValueError("the file is not an Optuna journal")
+
+
+def _start_of_last_line(file: BinaryIO, end: int, block: int = 4096) -> int:
     position = max(end - 1, 0)
     while position > 0:
         start = max(position - block, 0)
@@ -95,9 +114,9 @@ def _start_of_last_line(file, end: int, block: int = 4096) -> int:
     return 0
 
 
-def _is_json(line: bytes) -> bool:
+def _is_entry(line: bytes) -> bool:
     try:
-        json.loads(line)
+        entry = json.loads(line)
     except (UnicodeDecodeError, json.JSONDecodeError):
         return False
-    return True
+    return isinstance(entry, dict) and "op_code" in entry

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class Proposer(Protocol):
-    """A rule that works in rounds."""
+    """A rule that works in rounds; `ended` says why it has, and is empty until then."""
+
+    ended: str
 
     def next_batch(self, study: optuna.Study) -> list[Mapping[str, Scalar]] | None:
         """The points of the next round, decided from the told trials of `study`; None when the rule has ended."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import optuna
 
 SETTINGS_ATTRIBUTE = "settings"
+IDENTITY_ATTRIBUTE = "study_id"
 RESULT_ATTRIBUTE = "result"
 
 
@@ -187,6 +190,7 @@ def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dic
     uses_data = any(call.evaluator.uses_data for call in phase.evaluators)
     example = phase.space.decode(next(phase.space.points()))
     return {
+        "study": run.study,
         "space": phase.space.to_json(),
         "objectives": [[metric.name, metric.goal] for metric in phase.goals],
         "evaluators": [call.to_json() for call in phase.evaluators],
@@ -194,6 +198,7 @@ def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dic
         "proxy_img_size": example.scored.img_size,
         "data": data_fingerprint if uses_data else None,
         "seed": run.seed,
+        "device": "cuda" if run.gpus > 0 else "cpu",
     }
 
 
@@ -204,7 +209,9 @@ def open_phase(name: str, phase: Phase, run: RunSettings, data_fingerprint: str,
     """
     import optuna
 
-    wanted = phase_settings(phase, run, data_fingerprint)
+    # As the storage will give it back: a tuple is a list there.
+    wanted = json.loads(json.dumps(phase_settings(phase, run, data_fingerprint)))
+    _refuse_name_of_another_method(name, run.study, storage)
     opened = optuna.create_study(
         study_name=name,
         storage=storage,
@@ -217,6 +224,7 @@ def open_phase(name: str, phase: Phase, run: RunSettings, data_fingerprint: str,
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             opened.set_metric_names(list(phase.objectives))
+        opened.set_user_attr(IDENTITY_ATTRIBUTE, uuid.uuid4().hex)
         opened.set_user_attr(SETTINGS_ATTRIBUTE, wanted)
     elif differences := list(_differences(stored, wanted)):
         raise SettingsError(
@@ -224,6 +232,17 @@ def open_phase(name: str, phase: Phase, run: RunSettings, data_fingerprint: str,
             "Run it with the settings it has, under another --name, or begin anew with --fresh (the old study is kept)"
         )
     return opened
+
+
+def _refuse_name_of_another_method(name: str, method: str, storage: optuna.storages.BaseStorage) -> None:
+    import optuna
+
+    study_name = name.rpartition("/")[0]
+    for other in optuna.get_all_study_names(storage):
+        if other.rpartition("/")[0] == study_name:
+            owner = optuna.load_study(study_name=other, storage=storage).user_attrs.get(SETTINGS_ATTRIBUTE, {}).get("study", method)
+            if owner != method:
+                raise SettingsError(f"{study_name!r} is a study of {owner!r}, not of {method!r}; use another --name")
 
 
 def make_sampler(phase: Phase, seed: int) -> optuna.samplers.BaseSampler:

@@ -77,7 +77,10 @@ MISTAKES = {
         ["smoke", "--storage", "sqlite:////does/not/exist/o.db"],
         "Optuna storage 'sqlite:////does/not/exist/o.db' cannot be opened",
     ),
-    "not a number": (["as_vit", "--trials", "0"], "--trials: 0 is not above 0"),
+    "not a number": (["as_vit", "--trials", "0"], "--trials: '0' is not a whole number above 0"),
+    "not a number at all": (["as_vit", "--trials", "many"], "--trials: 'many' is not a whole number above 0"),
+    "negative seed": (["as_vit", "--seed", "-1"], "--seed: '-1' is not a whole number from 0"),
+    "name with a slash": (["smoke", "--name", "a/b"], "--name 'a/b' is no name for a study"),
     "unknown digest": (["describe", "0123456789abcdef"], "no leaderboard entry has the digest '0123456789abcdef'"),
 }
 

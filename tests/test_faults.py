@@ -147,6 +147,34 @@ def test_a_second_driver_is_refused_and_told_who_holds_the_study(tmp_path: Path)
     assert "the same command goes on from there" in errors
 
 
+def test_a_study_survives_trials_that_hang(tmp_path: Path):
+    runs = tmp_path / "runs"
+    process = driver(runs, "--trials", "4", "--time-limit-s", "2", *settings_flags(behaviour="hang", every=3))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    states = Counter(trial.state for trial in told(runs))
+    assert states[TrialState.COMPLETE] == 4
+    hung = [trial for trial in told(runs) if trial.state == TrialState.FAIL]
+    assert {trial.user_attrs["result"]["failure"] for trial in hung} == {"timeout"}
+    assert all(trial.params["num_classes"] % 3 == 0 for trial in hung)
+    client = mlflow_client(RunPaths(runs).mlflow_uri)
+    failed = search_runs(client, [client.get_experiment_by_name("faulty").experiment_id], "attributes.status = 'FAILED'")
+    assert {int(run.data.tags["trial"]) for run in failed} == {trial.number for trial in hung}
+    assert {run.data.tags["failure_kind"] for run in failed} == {"timeout"}
+
+
+def test_a_study_survives_workers_that_are_killed(tmp_path: Path):
+    runs, log = tmp_path / "runs", tmp_path / "log"
+    process = driver(runs, "--trials", "5", *settings_flags(behaviour="die_once", every=2, log=log))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    check_ledgers(runs, 5)
+    starts = events(log, "start")
+    assert {trial.number for trial in told(runs) if starts[trial.number] == 2} == {
+        trial.number for trial in told(runs) if trial.params["num_classes"] % 2 == 0
+    }
+
+
 def test_ten_failures_in_a_row_end_the_command_with_the_traceback(tmp_path: Path):
     process = driver(tmp_path / "runs", "--trials", "30", *settings_flags(behaviour="raise"))
     _, errors = process.communicate(timeout=120)
@@ -176,7 +204,7 @@ def cluster():
 def pool(cluster):
     made = RayPool(address=cluster.address, cpus=1)
     yield made
-    made.shutdown()
+    made.close()
 
 
 def job(folder: Path, behaviour: faulty.Behaviour, number: int = 0, time_limit_s: float | None = None, work_s: float = 0.0) -> Job:
@@ -244,6 +272,15 @@ def test_a_process_with_a_poisoned_device_gets_no_second_job(pool: RayPool, tmp_
         assert outcomes(pool, 1)[number].kind == "error"
     pids = [line.split()[2] for line in (tmp_path / "log").read_text().splitlines()]
     assert len(set(pids)) == num_jobs
+
+
+def test_the_death_of_the_mailbox_loses_no_job(pool: RayPool, tmp_path: Path):
+    import ray
+
+    pool.submit(job(tmp_path, "work", work_s=3.0))
+    wait_until(lambda: events(tmp_path / "log", "start")[0] == 1)
+    ray.kill(pool._mailbox, no_restart=False)
+    assert outcomes(pool, 1)[0].values == {"score": 1.0}
 
 
 def test_curves_reach_the_driver_while_the_job_runs(pool: RayPool, tmp_path: Path):

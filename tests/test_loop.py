@@ -11,14 +11,15 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from results.records import Outcome
+from results.records import Failure, Outcome
 from results.tracking import NullTracker, TrialRecord
 from search.loop import MAX_FAILURES_IN_A_ROW, Measuring, PhaseLoop, PhaseStopped
 from search.progress import Progress
 from search.study import Budget, Phase
 from space.search_space import Axis, SearchSpace
-from workers.evaluator import Call
-from workers.pool import SerialPool
+from workers.evaluate import Job
+from workers.evaluator import Call, evaluators
+from workers.pool import Event, Finished, SerialPool
 
 
 class ListTracker(NullTracker):
@@ -53,7 +54,9 @@ def make_phase(settings: faulty.FaultySettings | None = None, **changes) -> Phas
     return Phase(**{**fields, **changes})
 
 
-def run(phase: Phase, folder: Path, study: optuna.Study | None = None, proposer=None) -> tuple[optuna.Study, ListTracker]:
+def run(
+    phase: Phase, folder: Path, study: optuna.Study | None = None, proposer=None, pool: SerialPool | None = None
+) -> tuple[optuna.Study, ListTracker]:
     study = study or optuna.create_study(directions=["maximize"], sampler=optuna.samplers.RandomSampler(seed=0))
     tracker = ListTracker()
     PhaseLoop(
@@ -61,7 +64,7 @@ def run(phase: Phase, folder: Path, study: optuna.Study | None = None, proposer=
         phase=phase,
         study=study,
         measuring=Measuring(seed=0, data="digits", data_fingerprint="digits", workdir=lambda number: folder / str(number)),
-        pool=SerialPool(),
+        pool=pool or SerialPool(),
         tracker=tracker,
         progress=Progress(),
         hold=NoHold(),
@@ -159,8 +162,70 @@ def test_a_running_trial_is_adopted_under_its_number_with_the_parameters_it_had(
     assert study.trials[0].params["num_classes"] == suggested
 
 
+def test_trials_of_a_lost_driver_are_completed_also_when_fewer_are_asked_for_now(tmp_path: Path):
+    study, _ = run(make_phase(num_trials=2), tmp_path)
+    study.ask()
+    run(make_phase(num_trials=1), tmp_path, study)
+    assert states(study) == ["COMPLETE"] * 3
+
+
+class FlakyPool(SerialPool):
+    """Has no room now and then, as a cluster whose nodes are taken away and given back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = 0
+
+    def capacity(self) -> int:
+        self._asked += 1
+        return 0 if self._asked % 3 == 1 else 1
+
+
+def test_a_cluster_without_nodes_for_a_while_does_not_end_the_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("search.loop.POLL_S", 0.001)
+    study, _ = run(make_phase(), tmp_path, pool=FlakyPool())
+    assert states(study) == ["COMPLETE"] * 6
+
+
+class LosingPool(SerialPool):
+    """Loses the first job given to it; holds three at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.submitted: list[int] = []
+
+    def capacity(self) -> int:
+        return 3
+
+    def submit(self, job: Job) -> None:
+        assert job.key not in [waiting.key for waiting in self._queue], "two equal jobs are in flight"
+        self.submitted.append(job.trial)
+        super().submit(job)
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        if self.submitted == [0]:
+            return [Finished(self._queue.popleft().trial, Failure(kind="lost", message="its worker died"))]
+        return super().poll(timeout_s)
+
+
+def test_equal_trials_wait_for_one_another_also_after_the_first_was_lost(tmp_path: Path):
+    pool = LosingPool()
+    study, _ = run(make_phase(space=small_space(1), num_trials=4), tmp_path, pool=pool)
+    assert states(study).count("COMPLETE") == 4
+    assert len(pool.submitted) == 2
+
+
+def test_an_evaluator_that_leaves_a_metric_out_fails_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    broken = dataclasses.replace(Call("faulty").evaluator, function=lambda model, context, settings: {})
+    monkeypatch.setitem(evaluators._parts, ("faulty",), broken)
+    with pytest.raises(PhaseStopped, match="did not measure score"):
+        run(make_phase(), tmp_path)
+
+
 class TwoRounds:
     """Proposes 1 and 2, then ten times the better of them."""
+
+    ended = "after two rounds"
 
     def next_batch(self, study: optuna.Study) -> list[Mapping[str, int]] | None:
         best = max((trial.params["num_classes"] for trial in study.trials), default=None)

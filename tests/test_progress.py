@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 from search.progress import Progress, Status
 
@@ -38,6 +39,16 @@ def test_a_terminal_gets_one_line_rewritten():
     progress.show(status(10, running=0), final=True)
     assert "3 failed, 2 over budget" in stream.getvalue()
     assert stream.getvalue().count("\n") == 1
+
+
+def test_a_reader_that_has_gone_does_not_stop_the_study():
+    reading, writing = os.pipe()
+    stream = os.fdopen(writing, "w")
+    os.close(reading)
+    progress = Progress(stream, lambda: 0.0)
+    progress.say("first")
+    progress.show(status(1))
+    assert status(1).complete == 1
 
 
 def test_trials_of_an_earlier_run_do_not_count_into_the_rate():

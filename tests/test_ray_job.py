@@ -73,7 +73,7 @@ def head() -> Iterator[Head]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if (REPOSITORY / name).is_file():
             shutil.copy2(REPOSITORY / name, target)
-    for litter in (".git/objects/x", ".venv/lib/x", "runs/x"):
+    for litter in (".git/objects/x", ".venv/lib/x", "runs/x", "data/x"):
         (checkout / litter).parent.mkdir(parents=True)
         (checkout / litter).write_bytes(os.urandom(2**20))
     dashboard = free_port()
@@ -148,5 +148,5 @@ def test_what_travels_is_small(head: Head):
     listing = "import os; print([os.path.join(f, n) for f, _, names in os.walk('.') for n in names])"
     job = head.submit("python", "-c", f"exec({listing!r})")
     assert "./search/run.py" in job.stdout, job.stdout + job.stderr
-    for stays_behind in ("./.git/", "./.venv/", "./runs/"):
+    for stays_behind in ("./.git/", "./.venv/", "./runs/", "./data/"):
         assert stays_behind not in job.stdout

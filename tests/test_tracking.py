@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import results.tracking as tracking
-from results.paths import RunPaths
+from results.paths import RunPaths, without_password
 from results.records import Failure, Measurement, Metric
 from results.tracking import (
     MlflowTracker,
@@ -296,7 +296,7 @@ def test_an_unusable_store_or_server_is_named_in_one_line(tmp_path):
 
 
 def test_a_password_is_not_printed():
-    assert tracking._without_password("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+    assert without_password("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
 
 
 def test_a_null_tracker_keeps_nothing():

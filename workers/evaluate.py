@@ -70,7 +70,7 @@ def evaluate(job: Job, report: Report = report_nothing) -> Outcome:
             _set_num_threads(job.num_threads)
         for call in job.calls:
             measured = call.evaluator.function(subject_of(call, job.candidate), context, call.settings)
-            _require_finite(measured)
+            _check(call, measured)
             values |= {name: float(value) for name, value in measured.items()}
     except Exception as error:
         return Failure(
@@ -123,8 +123,11 @@ def _set_num_threads(num_threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
-def _require_finite(values: Mapping[str, float]) -> None:
-    for name, value in values.items():
+def _check(call: Call, measured: Mapping[str, float]) -> None:
+    missing = {metric.name for metric in call.evaluator.metrics} - measured.keys()
+    if missing:
+        raise EvaluationError("error", f"evaluator {call.name!r} did not measure {', '.join(sorted(missing))}")
+    for name, value in measured.items():
         if not math.isfinite(value):
             raise EvaluationError("non_finite", f"{name} is {value}")
 

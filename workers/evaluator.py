@@ -64,7 +64,7 @@ Function = Callable[[ArchSpec, Context, Any], Mapping[str, float]]
 class Evaluator:
     """A registered function with what it measures and what it needs.
 
-    `is_free` marks one that costs microseconds and needs no image: it never occupies a worker. `subject` says which
+    `is_free` marks one that costs microseconds and needs no image: a study of nothing else needs no cluster. `subject` says which
     network of a candidate it looks at: the real one that is reported, or the proxy that is scored in its place.
     """
 

@@ -57,7 +57,7 @@ class Pool(Protocol):
         """What happened since the last call, waiting up to `timeout_s` for something to happen."""
         ...
 
-    def shutdown(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class SerialPool:
@@ -80,7 +80,7 @@ class SerialPool:
         outcome = evaluate(job, lambda name, value, step: events.append(Reported(job.trial, name, value, step)))
         return [*events, Finished(job.trial, outcome)]
 
-    def shutdown(self) -> None:
+    def close(self) -> None:
         self._queue.clear()
 
 
@@ -118,7 +118,7 @@ class RayPool:
 
         if not ray.is_initialized():
             _connect(self.address)
-        self._mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).options(scheduling_strategy=_on_this_node()).remote()
+        self._mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).options(scheduling_strategy=_on_this_node(), max_restarts=-1).remote()
         self._remote: Any = ray.remote(max_retries=0, max_calls=0)(_run_job).options(
             num_cpus=self.cpus, num_gpus=self.gpus, memory=self.memory_mb * 2**20 or None
         )
@@ -187,10 +187,16 @@ class RayPool:
 
     def _read_mailbox(self) -> list[Event]:
         import ray
+        from ray.exceptions import RayActorError
 
         by_trial = {flight.job.trial: (ref, flight) for ref, flight in self._flights.items()}
         events: list[Event] = []
-        for kind, trial, *rest in ray.get(self._mailbox.take.remote()):
+        try:
+            letters = ray.get(self._mailbox.take.remote())
+        except RayActorError:
+            # Its process was killed and Ray starts another; starting times may be lost with it, time limits may not.
+            letters = [("started", flight.job.trial) for flight in self._flights.values() if flight.started_at is None]
+        for kind, trial, *rest in letters:
             if trial not in by_trial:
                 continue
             ref, flight = by_trial[trial]
@@ -212,7 +218,7 @@ class RayPool:
                 flight.timed_out = True
                 ray.cancel(ref, force=True)
 
-    def shutdown(self) -> None:
+    def close(self) -> None:
         import ray
 
         for ref in self._flights:

@@ -9,6 +9,11 @@ depth and width, scoring a narrow proxy of every candidate, into a family of net
 Where this deviates from the released code: the seed topology is the best measured one, by the sum of its ranks under
 both scores, instead of the arg-max of a policy that may never have been measured; growth begins with the seed itself;
 ties are broken in the right direction; and the scores are the corrected ones of `workers/evaluators/as_vit.py`.
+
+What the scores add (results/reports/as_vit_cpu_202611.md, topologies drawn at random): length distortion orders them as the
+free closed form C^2 K2 K3 K4 does, Kendall's tau +0.94 [+0.91, +0.96] at 224 px and +0.91 [+0.88, +0.93] at 128 px; the NTK
+condition number follows the same product, tau -0.70 [-0.83, -0.55], with a standard error of 6 to 17 % per network. The
+search picks the largest merging kernels and decides little else. Every leaderboard of this study prints these columns.
 """
 
 from __future__ import annotations
