@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,8 @@ from optuna.storages import BaseStorage
 
 from results.leaderboard import attach_leaderboard, print_results
 from results.paths import RunPaths, journal_lock, without_password
-from results.records import write_json_atomically
-from results.tracking import MlflowTracker, RunStatus, archivable_experiment, archive_experiment, check_tracking, experiment_named
+from results.tracking import MlflowTracker, RunStatus, check_tracking
+from search.archiving import Archiving
 from search.lock import Hold, Lease, LockFile, StudyIsDriven
 from search.loop import Measuring, PhaseLoop, PhaseStopped, make_objective
 from search.progress import Progress
@@ -196,9 +193,17 @@ def _driving(opened: _Opened, fresh: bool) -> Iterator[tuple[Hold, dict[str, opt
             held(LockFile(journal_lock(Path(opened.storage_location), name), name))
         elif first in optuna.get_all_study_names(storage):
             hold = held(lease := Lease(optuna.load_study(study_name=first, storage=storage), say=Progress().say))
-        _finish_archiving(opened, storage, hold)
+        archiving = Archiving(
+            name=name,
+            first_phase=opened.study.phases[0].name,
+            paths=opened.paths,
+            tracking_uri=opened.tracking_uri,
+            storage=storage,
+            hold=hold,
+        )
+        archiving.finish()
         if fresh:
-            _archive(opened, storage, hold)
+            archiving.run()
         phases = {
             phase.name: open_phase(f"{name}/{phase.name}", phase, opened.settings, opened.data_fingerprint, storage)
             for phase in opened.study.phases
@@ -206,66 +211,6 @@ def _driving(opened: _Opened, fresh: bool) -> Iterator[tuple[Hold, dict[str, opt
         if "://" in opened.storage_location and not (lease and lease.is_held()):
             hold = held(Lease(phases[opened.study.phases[0].name], say=Progress().say))
         yield hold, phases
-
-
-def _archive(opened: _Opened, storage: BaseStorage, hold: Hold) -> None:
-    """Give the study's things a dated name in every ledger, so that the name is free; deletes nothing that was measured."""
-    name = opened.settings.study_name
-    experiment = archivable_experiment(opened.tracking_uri, name)
-    study_ids = {
-        study_name: storage.get_study_id_from_name(study_name)
-        for study_name in optuna.get_all_study_names(storage)
-        if study_name.rpartition("/")[0] == name
-    }
-    if not (study_ids or experiment or opened.paths.study_dir(name).exists()):
-        return
-    # Written first: a driver that is killed on the way leaves it to the next start to finish, be that --fresh or not.
-    write_json_atomically(opened.paths.archiving(name), {"archived": _dated_name(opened, storage), "study_ids": study_ids})
-    _finish_archiving(opened, storage, hold)
-
-
-def _finish_archiving(opened: _Opened, storage: BaseStorage, hold: Hold) -> None:
-    """Set the study aside if that was begun; every step may have been done already, in part or whole."""
-    name = opened.settings.study_name
-    intent_file = opened.paths.archiving(name)
-    if not intent_file.exists():
-        return
-    intent = json.loads(intent_file.read_text())
-    archived: str = intent["archived"]
-    first = f"{name}/{opened.study.phases[0].name}"
-    # The first phase last: on a database its study holds our lease.
-    for study_name in sorted(intent["study_ids"], key=lambda each: each == first):
-        _move_study(storage, study_name, intent["study_ids"][study_name], f"{archived}/{study_name.rpartition('/')[2]}", hold)
-    if experiment_named(opened.tracking_uri, archived) is None:
-        archive_experiment(opened.tracking_uri, name, archived)
-    work, archived_work = opened.paths.study_dir(name), opened.paths.study_dir(archived)
-    if work.exists() and not archived_work.exists():
-        work.rename(archived_work)
-    intent_file.unlink()
-
-
-def _move_study(storage: BaseStorage, study_name: str, study_id: int, new_name: str, hold: Hold) -> None:
-    names = optuna.get_all_study_names(storage)
-    # A study of that name but another id was made after ours was moved: it is not ours to move.
-    if study_name not in names or storage.get_study_id_from_name(study_name) != study_id:
-        return
-    if new_name in names:
-        optuna.delete_study(study_name=new_name, storage=storage)
-    optuna.copy_study(from_study_name=study_name, from_storage=storage, to_storage=storage, to_study_name=new_name)
-    # A copy can take longer than a lease lasts.
-    hold.renew()
-    optuna.delete_study(study_name=study_name, storage=storage)
-
-
-def _dated_name(opened: _Opened, storage: BaseStorage) -> str:
-    """A name that no ledger has yet, even if two studies are set aside within a second."""
-    dated = f"{opened.settings.study_name}@{time.strftime('%Y%m%d-%H%M%S')}"
-    taken = {study_name.rpartition("/")[0] for study_name in optuna.get_all_study_names(storage)}
-
-    def is_free(name: str) -> bool:
-        return name not in taken and not opened.paths.study_dir(name).exists() and experiment_named(opened.tracking_uri, name) is None
-
-    return next(name for name in chain([dated], (f"{dated}-{number}" for number in count(2))) if is_free(name))
 
 
 def _make_pool(opened: _Opened, max_workers: int | None, ray_address: str) -> Pool:

@@ -16,6 +16,7 @@ from conftest import REPOSITORY
 from faulty_driver import die_after
 from optuna.trial import TrialState
 
+import search.archiving
 import search.service
 from results.paths import RunPaths
 from results.tracking import mlflow_client, search_runs
@@ -28,11 +29,11 @@ pytestmark = pytest.mark.slow
 
 PHASES = ("first", "second")
 STEPS = {
-    "intent": (search.service, "write_json_atomically"),
+    "intent": (search.archiving, "write_json_atomically"),
     "part of a copy": (optuna.storages.JournalStorage, "create_new_trial"),
     "copy": (optuna, "copy_study"),
     "delete": (optuna, "delete_study"),
-    "MLflow": (search.service, "archive_experiment"),
+    "MLflow": (search.archiving, "archive_experiment"),
     "work": (Path, "rename"),
 }
 

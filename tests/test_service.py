@@ -141,8 +141,8 @@ def test_a_space_with_conditions_on_several_values_can_be_resumed(tmp_path: Path
     axes = (*phase.space.axes[:-1], dataclasses.replace(phase.space.axes[-1], when=("pooling", ("gem", "mean"))))
     conditional = dataclasses.replace(phase, space=dataclasses.replace(phase.space, axes=axes))
     storage = open_storage(tmp_path / "optuna.journal")
-    for _ in range(2):
-        open_phase("smoke/search", conditional, run, "digits", storage)
+    created, resumed = (open_phase("smoke/search", conditional, run, "digits", storage) for _ in range(2))
+    assert created.user_attrs == resumed.user_attrs
 
 
 def test_an_experiment_of_another_study_of_that_name_is_refused(tmp_path: Path):
