@@ -230,9 +230,9 @@ class MlflowTracker:
     def close(self, status: RunStatus) -> None:
         for run in self._open.values():
             self._flush(run)
+            self._client.set_terminated(run.run_id, "KILLED")
         self._open.clear()
-        for run in self._runs("attributes.status = 'RUNNING'"):
-            self._client.set_terminated(run.info.run_id, status if run.info.run_id == self.parent_run_id else "KILLED")
+        self._client.set_terminated(self.parent_run_id, status)
 
     def _open_experiment(self, artifact_root: Path | None, study_id: str) -> str:
         experiment = self._client.get_experiment_by_name(self.study)
@@ -440,13 +440,19 @@ def archivable_experiment(uri: str, study: str) -> Experiment | None:
 
 
 def archive_experiment(uri: str, study: str, new_name: str) -> bool:
-    """Give the study's experiment another name; nothing is deleted. False if there is no such experiment."""
+    """Give the study's experiment another name; nothing is deleted. False if there is no such experiment.
+
+    Called by whoever holds the study: what is RUNNING in it was left by a dead driver, and is closed.
+    """
     experiment = archivable_experiment(uri, study)
     if experiment is None:
         return False
     if experiment_named(uri, new_name) is not None:
         raise ValueError(f"experiment {study!r} cannot be archived as {new_name!r}: MLflow ({uri}) has an experiment of that name")
-    mlflow_client(uri).rename_experiment(experiment.experiment_id, new_name)
+    client = mlflow_client(uri)
+    for run in search_runs(client, [experiment.experiment_id], "attributes.status = 'RUNNING'"):
+        client.set_terminated(run.info.run_id, "KILLED")
+    client.rename_experiment(experiment.experiment_id, new_name)
     return True
 
 
