@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 
 from results.records import DETERMINISTIC_FAILURES, Failure, Measurement, Outcome, outcome_from_json, outcome_to_json, write_json_atomically
 from results.tracking import Tracker, TrialRecord
+from search.interruption import Interruption
 from search.lock import Hold
 from search.progress import Progress, Status
 from search.strategy import Proposer
@@ -87,6 +88,7 @@ class PhaseLoop:
     tracker: Tracker
     progress: Progress
     hold: Hold
+    interruption: Interruption = field(default_factory=Interruption)
     proposer: Proposer | None = None
     _running: dict[int, _Asked] = field(default_factory=dict)
     _followers: dict[str, list[_Asked]] = field(default_factory=dict)
@@ -116,6 +118,7 @@ class PhaseLoop:
     def _run(self) -> None:
         self._read_ledger()
         while True:
+            self.interruption.check()
             is_satisfied = self._fill()
             if not self._running:
                 if is_satisfied:
@@ -155,6 +158,7 @@ class PhaseLoop:
     def _fill(self) -> bool:
         """Ask for and submit trials until the pool is full (False) or nothing more is wanted for now (True)."""
         while len(self._running) < self.pool.capacity():
+            self.interruption.check()
             self._show()
             if self._again:
                 self._dispatch(self._again.popleft())

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from results.paths import RunPaths, default_runs, without_password
+from search.interruption import Interruption
 from search.study import RunSettings, studies
 from space import catalog
 from space.component import KINDS, components
@@ -157,11 +157,19 @@ def _evaluate(argv: list[str]) -> int:
 
 def _study(study: str, argv: list[str]) -> int:
     settings, args = parse_study(study, argv)
+    interruption = Interruption()
+    interruption.install()
     from search.service import PhaseStopped, run_study
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run_study(settings, fresh=args.fresh, max_workers=args.workers, ray_address=_ray_address(args.ray_address), command=_command())
+        run_study(
+            settings,
+            fresh=args.fresh,
+            max_workers=args.workers,
+            ray_address=_ray_address(args.ray_address),
+            command=_command(),
+            interruption=interruption,
+        )
     except PhaseStopped as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

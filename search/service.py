@@ -16,6 +16,7 @@ from results.leaderboard import attach_leaderboard, print_results
 from results.paths import RunPaths, journal_lock, without_password
 from results.tracking import MlflowTracker, RunStatus, check_tracking
 from search.archiving import Archiving
+from search.interruption import Interruption
 from search.lock import Hold, Lease, LockFile, StudyIsDriven
 from search.loop import Measuring, PhaseLoop, PhaseStopped, make_objective
 from search.progress import Progress
@@ -34,7 +35,9 @@ STUDY_NAME = r"[\w.+=-]+"
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def run_study(settings: RunSettings, *, fresh: bool, max_workers: int | None, ray_address: str, command: str) -> None:
+def run_study(
+    settings: RunSettings, *, fresh: bool, max_workers: int | None, ray_address: str, command: str, interruption: Interruption
+) -> None:
     """Run or resume the study to its end and print its leaderboard.
 
     Raises ValueError, before any work, for whatever a user can have got wrong; PhaseStopped when the work itself cannot
@@ -57,7 +60,7 @@ def run_study(settings: RunSettings, *, fresh: bool, max_workers: int | None, ra
         try:
             with closing(_make_pool(opened, max_workers, ray_address)) as pool:
                 for phase in opened.study.phases:
-                    _run_phase(opened, phase, phases, pool, tracker, progress, hold)
+                    _run_phase(opened, phase, phases, pool, tracker, progress, hold, interruption)
             status = "FINISHED"
         except PhaseStopped:
             status = "FAILED"
@@ -79,6 +82,7 @@ def _run_phase(
     tracker: MlflowTracker,
     progress: Progress,
     hold: Hold,
+    interruption: Interruption,
 ) -> None:
     try:
         PhaseLoop(
@@ -90,6 +94,7 @@ def _run_phase(
             tracker=tracker,
             progress=progress,
             hold=hold,
+            interruption=interruption,
             proposer=phase.propose(phases) if phase.propose else None,
         ).run()
     except (SettingsError, StudyIsDriven):

@@ -20,6 +20,7 @@ import search.archiving
 import search.service
 from results.paths import RunPaths
 from results.tracking import mlflow_client, search_runs
+from search.interruption import Interruption
 from search.lock import Lease, StudyIsDriven
 from search.service import _driving, _Opened
 from search.storage import open_storage
@@ -60,7 +61,7 @@ def settings(runs: Path, **changes) -> RunSettings:
 
 
 def run(settings: RunSettings, *, fresh: bool = False) -> None:
-    search.service.run_study(settings, fresh=fresh, max_workers=None, ray_address="local", command="")
+    search.service.run_study(settings, fresh=fresh, max_workers=None, ray_address="local", command="", interruption=Interruption())
 
 
 def run_fresh_and_die(settings: RunSettings, step: str, count: int) -> None:

@@ -297,8 +297,8 @@ def test_jobs_of_a_node_that_leaves_are_done_on_another(cluster, pool: RayPool, 
     node = cluster.add_node(num_cpus=2)
     wait_until(lambda: pool.capacity() == 4)
     for number in range(4):
-        pool.submit(job(tmp_path, "work", number, work_s=3.0))
-    wait_until(lambda: pool.poll(0.2) is not None and len(events(tmp_path / "log", "start")) == 4)
+        pool.submit(job(tmp_path, "work", number, work_s=10.0))
+    wait_until(lambda: len(events(tmp_path / "log", "start")) == 4)
     cluster.remove_node(node, allow_graceful=False)
     found = outcomes(pool, 4)
     assert {number: outcome.values["score"] for number, outcome in found.items()} == {n: n + 1.0 for n in range(4)}
