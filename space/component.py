@@ -17,6 +17,11 @@ methods, with these signatures:
     canonical(**choices) -> Component                an equal component in simpler terms (no effect: normalised away)
     tap_cost(shape, tap, **choices) -> Cost          of a mixer that offers a tap: what `tap` adds to `cost`
 
+and optional methods of the module, which name parameters of its own:
+
+    no_weight_decay() -> set[str]                    no weight decay, as in timm (parameters of one dimension get none anyway)
+    exponent_parameters() -> set[str]                exponents, which learn at a rate of their own
+
 A pooling goes out as `TokenShape(dim, 1)`, which stands for `(B, dim)`, and a head as `TokenShape(num_classes, 1)`. A
 component with parameters outside of Linear, Conv2d and norm modules draws them in `init_weights(generator)`.
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from space.component import Scalar
+from space.model import Model
+from space.recipe import Recipe
 from space.registry import SpecError
 from space.spec import ArchSpec, digest_of
 
@@ -52,23 +54,25 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What a trial measures: the network that is reported and, where a stand-in is scored in its place, that proxy.
+    """What a trial measures: the network that is reported, how it is trained, and a stand-in where one is scored in its place.
 
     `label` is the method's own notation of the network, as a reader of the leaderboard knows it.
     """
 
-    model: ArchSpec
+    model: Model
+    recipe: Recipe | None = None
     proxy: ArchSpec | None = None
     label: str = ""
 
     @property
-    def scored(self) -> ArchSpec:
+    def scored(self) -> Model:
         """The network that the score is computed on."""
         return self.proxy or self.model
 
     def to_json(self) -> dict[str, Any]:
+        recipe = {"recipe": self.recipe.to_json()} if self.recipe else {}
         proxy = {"proxy": self.proxy.to_json()} if self.proxy else {}
-        return {"label": self.label, "model": self.model.to_json(), **proxy}
+        return {"label": self.label, "model": self.model.to_json(), **recipe, **proxy}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from space.component import AttentionTap
 from space.layout import layout
+from space.model import supports_class_row
+from space.randomness import stream
 from space.registry import SpecError
 from space.spec import ArchSpec
 
@@ -35,15 +37,18 @@ class Block(nn.Module):
         self.feed_forward = take(f"{path}.feed_forward")
         self.drop_path = _drop_path(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.tap:
-            mixed, tapped = self.mixer(self.norm1(x), tap=self.tap)
-            x = self.token_reduction(x + self.drop_path(mixed), tapped)
+    def forward(self, x: Tensor, with_class_row: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The tokens; `with_class_row` also the class token's attention, `(B, H, N)`."""
+        tapped: Any = None
+        if self.tap or with_class_row:
+            mixed, tapped = self.mixer(self.norm1(x), tap=self.tap or AttentionTap.CLASS_ROW)
         else:
-            x = x + self.drop_path(self.mixer(self.norm1(x)))
-            if self.token_reduction is not None:
-                x = self.token_reduction(x)
-        return x + self.drop_path(self.feed_forward(self.norm2(x)))
+            mixed = self.mixer(self.norm1(x))
+        x = x + self.drop_path(mixed)
+        if self.token_reduction is not None:
+            x = self.token_reduction(x, tapped) if self.tap else self.token_reduction(x)
+        x = x + self.drop_path(self.feed_forward(self.norm2(x)))
+        return (x, tapped) if with_class_row else x
 
 
 class Stage(nn.Module):
@@ -54,14 +59,24 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsampling = downsampling
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
+    def forward(self, x: Tensor, with_class_row: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The tokens; `with_class_row`, of a last stage, also the class token's attention in the last block, `(B, H, N)`."""
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x)
+        if with_class_row:
+            return last(x, with_class_row=True)
+        x = last(x)
         return x if self.downsampling is None else self.downsampling(x)
 
 
 class VisionTransformer(nn.Module):
-    """The network of `spec`: images `(B, in_chans, img_size, img_size)` to logits `(B, num_classes)`."""
+    """The network of `spec`: images `(B, in_chans, img_size, img_size)` to logits `(B, num_classes)`.
+
+    With `with_class_row` it gives `(logits, class_row)`: `(B, num_patches)`, the class token's attention on the patches in the last
+    block, mean over the heads. The row includes no prefix token and so sums to less than 1. It alone is recomputed, attention stays
+    fused, and the logits are the same to the bit. Raises SpecError where `supports_class_row` gives a reason.
+    """
 
     def __init__(self, spec: ArchSpec, *, drop_path: float = 0.0):
         super().__init__()
@@ -85,20 +100,34 @@ class VisionTransformer(nn.Module):
         self.norm = take("norm")
         self.pooling = take("pooling")
         self.head = take("head")
+        self._no_class_row = supports_class_row(spec)
+        self._num_prefix = parts["norm"].output_shape.num_prefix
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """Tokens `(B, N, C)` after the last stage, prefix first, before the final norm."""
+        return self.stages[-1](self._before_last_stage(x))
+
+    def forward(self, x: Tensor, *, with_class_row: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        if not with_class_row:
+            return self._logits(self.forward_tokens(x))
+        if self._no_class_row:
+            raise SpecError(f"no class row: {self._no_class_row}")
+        tokens, rows = self.stages[-1](self._before_last_stage(x), with_class_row=True)
+        return self._logits(tokens), rows.mean(dim=1)[:, self._num_prefix :]
+
+    def _before_last_stage(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
         if self.prefix is not None:
             x = self.prefix(x)
         if self.position is not None:
             x = self.position(x)
-        for stage in self.stages:
+        *stages, _ = self.stages
+        for stage in stages:
             x = stage(x)
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.pooling(self.norm(self.forward_tokens(x))))
+    def _logits(self, tokens: Tensor) -> Tensor:
+        return self.head(self.pooling(self.norm(tokens)))
 
 
 def build(spec: ArchSpec, *, generator: torch.Generator | None = None, drop_path: float = 0.0) -> VisionTransformer:
@@ -106,13 +135,24 @@ def build(spec: ArchSpec, *, generator: torch.Generator | None = None, drop_path
 
     `drop_path` is the stochastic depth of the last block, falling linearly to 0 at the first.
     """
+    model = _uninitialized(spec, drop_path)
+    initialize(model, generator)
+    return model
+
+
+def build_seeded(spec: ArchSpec, *, seed: int, drop_path: float = 0.0) -> VisionTransformer:
+    """As `build`, every module's weights drawn from a stream named by `seed` and the module's path in the network."""
+    model = _uninitialized(spec, drop_path)
+    initialize_by_path(model, lambda path, _: torch.Generator().manual_seed(stream(seed, "weights", path)))
+    return model
+
+
+def _uninitialized(spec: ArchSpec, drop_path: float) -> VisionTransformer:
     if not 0.0 <= drop_path < 1.0:
         raise ValueError(f"drop_path is {drop_path!r}; allowed: from 0 to below 1")
     # Constructors draw weights of their own, which are overwritten: a caller's global stream should not notice.
     with torch.random.fork_rng(devices=[]):
-        model = VisionTransformer(spec, drop_path=drop_path)
-    initialize(model, generator)
-    return model
+        return VisionTransformer(spec, drop_path=drop_path)
 
 
 @torch.no_grad()
@@ -137,6 +177,14 @@ def initialize(model: nn.Module, generator: torch.Generator | None) -> None:
             module.reset_parameters()  # ones and zeros: nothing is drawn
         if hasattr(module, "declaration") and hasattr(module, "init_weights"):
             module.init_weights(generator)  # type: ignore[operator]
+
+
+def initialize_by_path(model: nn.Module, generator_of: Callable[[str, nn.Module], torch.Generator]) -> None:
+    """`initialize`, each module that has weights of its own by the generator of its path: no draw depends on another module's."""
+    # Inner modules first, as in `initialize`.
+    for path, module in reversed(list(model.named_modules())):
+        if hasattr(module, "init_weights") or next(module.parameters(recurse=False), None) is not None:
+            initialize(module, generator_of(path, module))
 
 
 def load_timm_state_dict(model: VisionTransformer, state_dict: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,10 @@ import pytest
 
 from space import catalog
 from space.as_vit import ASVIT_LARGE, spec, topology_space
+from space.cost import cost
+from space.model import supports_class_row
 from space.registry import SpecError
+from space.timm_spec import TimmSpec
 
 
 @pytest.mark.parametrize("name", catalog.names())
@@ -42,18 +45,40 @@ def test_a_method_string_is_resolved():
         catalog.resolve("as_vit:9,2,3|4,1,2|4,1,4|4,1,6|32")
 
 
+def test_a_timm_model_is_resolved_at_the_size_of_its_weights():
+    assert catalog.resolve("timm:swinv2_tiny_window8_256") == TimmSpec(name="swinv2_tiny_window8_256", img_size=256, num_classes=1000)
+    with pytest.raises(SpecError, match="unknown timm model 'resnet_18'; did you mean 'resnet18'"):
+        catalog.resolve("timm:resnet_18")
+
+
+@pytest.mark.parametrize(
+    ("name", "img_size", "num_tokens", "embed_dim", "depth", "hidden_dim"),
+    [("vit_digits", 16, 17, 48, 4, 96), ("vit_cifar", 32, 65, 256, 6, 1024)],
+)
+def test_small_vits_have_the_size_they_say(name: str, img_size: int, num_tokens: int, embed_dim: int, depth: int, hidden_dim: int):
+    model = catalog.resolve(name)
+    assert (model.img_size, model.depth, model.num_classes) == (img_size, depth, 10)
+    block = 4 * embed_dim**2 + 2 * embed_dim * hidden_dim + 4 * embed_dim + embed_dim + hidden_dim + 4 * embed_dim
+    ends = 4 * 4 * 3 * embed_dim + embed_dim + (1 + num_tokens) * embed_dim + 2 * embed_dim + 10 * (embed_dim + 1)
+    assert cost(model).params == depth * block + ends
+    assert supports_class_row(model) is None
+
+
 def test_a_file_holds_a_spec_or_a_candidate(tmp_path: Path):
     space = topology_space(img_size=224, proxy_img_size=64, num_classes=10)
     candidate = space.decode(next(space.points()))
     for name, data in (("spec.json", candidate.model.to_json()), ("candidate.json", candidate.to_json())):
         (tmp_path / name).write_text(json.dumps(data))
         assert catalog.resolve(str(tmp_path / name)) == candidate.model
+    convnext = catalog.resolve("convnext_cifar")
+    (tmp_path / "timm.json").write_text(json.dumps(convnext.to_json()))
+    assert catalog.resolve(str(tmp_path / "timm.json")) == convnext
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("deit_smal", "unknown model 'deit_smal'; did you mean 'deit_small'.*as_vit:STRING"),
+        ("deit_smal", "unknown model 'deit_smal'; did you mean 'deit_small'.*as_vit:STRING, timm:NAME"),
         ("absent.json", "absent.json: .*No such file"),
         ("vit:8,2,3", "unknown model"),
     ],

@@ -14,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from space.component import KINDS, POSITIVE, AttentionTap, Choice, Cost, TokenShape, component, components, declaration
 from space.components.attention import from_windows, to_windows
-from space.components.pooling import power_mean
 from space.components.position import sincos_2d
 from space.cost import cost
 from space.fvcore_count import fvcore_macs
 from space.layout import layout
+from space.model import decay_exempt, exponent_parameters, supports_class_row
 from space.registry import SpecError
 from space.spec import ArchSpec, BlockSpec, Component, StageSpec, full_choices
 from space.vit import build, initialize
@@ -215,6 +215,52 @@ def test_a_tap_that_the_mixer_does_not_offer_is_refused(monkeypatch: pytest.Monk
         cost(spec)
 
 
+def reducing(number: int, keep: Component) -> ArchSpec:
+    """Two blocks, of which the one of this number reduces its tokens."""
+    block = BlockSpec(mixer=Component("attention", num_heads=2, head_dim=5), feed_forward=Component("mlp", hidden_dim=20))
+    blocks = [block, block]
+    blocks[number] = dataclasses.replace(block, token_reduction=keep)
+    return dataclasses.replace(host("prefix", Component("class_token")), stages=(StageSpec(embed_dim=48, blocks=tuple(blocks)),))
+
+
+def test_the_class_row_is_read_beside_a_token_reduction_of_the_last_block(top_k: str):
+    model = built(reducing(1, Component(top_k, keep=8)))
+    seen: list[Tensor] = []
+    model.get_submodule("stages.0.blocks.1.token_reduction").register_forward_hook(lambda _, inputs, __: seen.append(inputs[1]))
+    with torch.no_grad():
+        plain = model(images())
+        logits, row = model(images(), with_class_row=True)
+    assert torch.equal(logits, plain)
+    assert torch.equal(row, seen[1].mean(dim=1)[:, 1:])
+    assert row.shape == (2, 64)
+
+
+def test_there_is_no_class_row_on_a_broken_grid(top_k: str):
+    assert supports_class_row(reducing(0, Component(top_k, keep=8))) == "an earlier token reduction breaks the grid of patches up"
+
+
+def test_there_is_no_class_row_of_a_mixer_without_a_tap(monkeypatch: pytest.MonkeyPatch):
+    attention: Any = components.get("mixer", "attention")
+    monkeypatch.setattr(attention, "declaration", dataclasses.replace(attention.declaration, offers_tap=AttentionTap.NONE))
+    assert supports_class_row(host("prefix", Component("class_token"))) == "the last mixer, 'attention', offers no attention tap"
+
+
+def test_there_is_no_class_row_where_the_last_block_taps_more(monkeypatch: pytest.MonkeyPatch, top_k: str):
+    attention, reduction = components.get("mixer", "attention"), components.get("token_reduction", top_k)
+    for cls, field in ((attention, "offers_tap"), (reduction, "attention_tap")):
+        monkeypatch.setattr(cls, "declaration", dataclasses.replace(cls.declaration, **{field: AttentionTap.COLUMN_SUMS}))  # type: ignore[attr-defined]
+    reason = "the token reduction of the last block reads an attention tap of level COLUMN_SUMS"
+    assert supports_class_row(reducing(1, Component(top_k, keep=6))) == reason
+
+
+@EVERY
+def test_parameters_named_for_the_optimizer_exist(kind: str, part: Component):
+    model = built(host(kind, part))
+    names = dict(model.named_parameters()).keys()
+    assert decay_exempt(model) <= names
+    assert exponent_parameters(model) <= decay_exempt(model)
+
+
 def module(kind: str, part: Component, shape: TokenShape) -> nn.Module:
     made = components.get(kind, part.name)(shape, **full_choices(kind, part))
     initialize(made, torch.Generator().manual_seed(0))
@@ -276,53 +322,3 @@ def test_prefix_tokens_get_no_sines():
     x = torch.randn(1, 6, 8)
     assert torch.equal(position(x)[:, :2], x[:, :2])
     assert not list(position.state_dict())
-
-
-class TestPowerMean:
-    def test_it_is_the_written_formula(self):
-        x, p = torch.rand(2, 5, 3, dtype=torch.float64) + 0.1, torch.tensor([0.5, 3.0, 7.0], dtype=torch.float64)
-        torch.testing.assert_close(power_mean(x, p), (x**p).mean(1) ** (1 / p))
-
-    def test_exponent_one_is_the_mean_of_the_positive_parts_and_a_large_one_the_maximum(self):
-        x = torch.randn(2, 9, 4, dtype=torch.float64)
-        torch.testing.assert_close(power_mean(x, torch.ones(4)), x.clamp(min=1e-6).mean(1))
-        torch.testing.assert_close(power_mean(x, torch.full((4,), 1000.0)), x.amax(1), rtol=1e-2, atol=0)
-
-    def test_a_channel_without_positive_values_is_the_clamp_also_for_large_exponents(self):
-        x = -torch.ones(1, 4, 2, requires_grad=True)
-        p = torch.full((2,), 30.0, requires_grad=True)
-        z = power_mean(x, p)
-        torch.testing.assert_close(z, torch.full((1, 2), 1e-6))
-        z.sum().backward()
-        assert p.grad is not None
-        assert p.grad.isfinite().all()
-
-    def test_half_precision_is_raised_inside(self):
-        x = torch.rand(1, 7, 3, dtype=torch.bfloat16)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            z = power_mean(x, torch.full((3,), 20.0))
-        assert z.dtype == torch.bfloat16
-        torch.testing.assert_close(z.float(), power_mean(x.float(), torch.full((3,), 20.0)), rtol=1e-2, atol=0)
-
-    def test_gradients_are_right(self):
-        x = torch.rand(2, 4, 3, dtype=torch.float64, requires_grad=True)
-        p = torch.tensor([1.0, 2.5, 4.0], dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(power_mean, (x, p))
-
-
-def test_groups_of_ggem_are_slices_of_channels():
-    pooling: Any = module("pooling", Component("ggem", groups=2), TokenShape(6, 5, num_prefix=1))
-    with torch.no_grad():
-        pooling.p.copy_(torch.tensor([1.0, 4.0]))
-    x = torch.rand(2, 6, 6)
-    expected = power_mean(x[:, 1:], torch.tensor([1.0, 1, 1, 4, 4, 4]))
-    torch.testing.assert_close(pooling(x), expected)
-
-
-@pytest.mark.parametrize("name", ["mean", "max", "gem"])
-def test_pooling_the_patches_leaves_prefix_tokens_out(name: str):
-    pooling = module("pooling", Component(name), TokenShape(4, 3, num_prefix=2, has_class_token=True))
-    x = torch.rand(1, 5, 4)
-    changed = x.clone()
-    changed[:, :2] = 9
-    assert torch.equal(pooling(changed), pooling(x))

@@ -38,6 +38,27 @@ def test_fvcore_agrees_on_the_built_network(name: str):
     assert model.training
 
 
+def test_deit_small_of_timm_has_the_counts_of_ours():
+    assert tuple(cost(resolve("timm:deit_small_patch16_224"))) == PLAIN["deit_small"]
+
+
+# github.com/huggingface/pytorch-image-models, results/benchmark-infer-amp-nchw-pt240-cu124-rtx4090.csv, which counts with fvcore.
+@pytest.mark.parametrize(
+    ("name", "params_m", "gmacs"),
+    [
+        ("convnext_atto", 3.7, 0.55),
+        ("resnet18", 11.69, 1.82),
+        ("davit_tiny", 28.36, 4.54),
+        ("hiera_tiny_224", 27.91, 4.91),
+        ("levit_128", 9.21, 0.41),
+        ("poolformer_s12", 11.92, 1.82),
+    ],
+)
+def test_models_of_timm_have_their_published_counts(name: str, params_m: float, gmacs: float):
+    counted = cost(resolve(f"timm:{name}"))
+    assert (round(counted.params / 1e6, 2), round(counted.fvcore_macs / 1e9, 2)) == (params_m, gmacs)
+
+
 # The released code builds these (github.com/VITA-Group/AsViT, at 224 pixels): parameters, MACs.
 @pytest.mark.parametrize(
     ("text", "params", "gmacs"),

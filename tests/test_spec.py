@@ -79,8 +79,8 @@ specs = st.builds(
     st.sampled_from([None, Component("learned"), Component("sincos")]),
     st.one_of(
         st.sampled_from([Component("class_token"), Component("mean"), Component("max")]),
-        st.builds(lambda p: Component("gem", p=p), st.floats(0.5, 10)),
-        st.builds(lambda groups: Component("ggem", groups=groups), st.sampled_from([1, 2, 4])),
+        st.builds(lambda p, learned: Component("gem", p=p, learned=learned), st.floats(0.5, 10), st.booleans()),
+        st.builds(lambda groups, learned: Component("ggem", groups=groups, learned=learned), st.sampled_from([1, 2, 4]), st.booleans()),
     ),
     st.sampled_from(["linear", "tanh_mlp"]),
     st.floats(1e-8, 1e-3),
@@ -124,6 +124,7 @@ def test_parts_without_effect_are_normalised_away():
     split_once = Component("window_attention", num_heads=2, head_dim=8, splits=1)
     assert canonical("mixer", split_once) == Component("attention", num_heads=2, head_dim=8)
     assert canonical("pooling", Component("ggem", groups=1, p=3.0)) == Component("gem")
+    assert canonical("pooling", Component("ggem", groups=4, learned=False)) == Component("gem", learned=False)
 
 
 def test_a_whole_number_given_for_a_fraction_is_that_fraction():
@@ -167,6 +168,7 @@ def test_the_image_size_alone_can_change():
         (lambda: tiny(pooling=None), "pooling is missing; registered: .*mean"),
         (lambda: tiny(pooling=Component("gem", p=float("inf"))), "p is inf; allowed: float, above 0"),
         (lambda: tiny(pooling=Component("gem", p=float("nan"))), "p is nan"),
+        (lambda: tiny(pooling=Component("gem", p=0.005)), "p is 0.005; allowed: float, above 0.01"),
         (lambda: tiny(img_size=0), "img_size is 0; a whole number above 0"),
         (lambda: tiny(img_size=32.0), "img_size is 32.0"),
         (lambda: tiny(stages=()), "at least one stage"),

@@ -148,3 +148,56 @@ def test_tokens_come_out_before_the_final_norm():
         tokens = model.forward_tokens(x)
         assert tokens.shape == (2, 17, 16)
         assert torch.equal(model.head(model.pooling(model.norm(tokens))), model(x))
+
+
+REGISTERS = {"prefix": Component("class_token", num_registers=2)}
+
+
+@pytest.mark.parametrize("changes", [{}, REGISTERS], ids=["class_token", "registers"])
+def test_the_class_row_is_that_of_the_whole_attention_map(changes: dict):
+    spec = tiny(**changes)
+    model = build(spec, generator=seeded(0)).eval()
+    x = torch.randn(3, 3, 32, 32)
+    entered: list[torch.Tensor] = []
+    last = model.stages[0].blocks[1].mixer
+    last.register_forward_hook(lambda _, inputs, __: entered.append(inputs[0]))
+    with torch.no_grad():
+        plain = model(x)
+        logits, row = model(x, with_class_row=True)
+        q, k, _ = last.qkv(entered[0]).reshape(3, -1, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    assert torch.equal(logits, plain)
+    attention = (q @ k.mT * 8**-0.5).softmax(-1)
+    num_prefix = attention.shape[-1] - 16
+    torch.testing.assert_close(row, attention.mean(1)[:, 0, num_prefix:], rtol=1e-5, atol=1e-6)  # fp32 order of sums
+    assert row.shape == (3, 16)
+
+
+def test_the_class_row_and_the_logits_are_the_same_while_training():
+    model = build(tiny(), generator=seeded(0), drop_path=0.3)
+    x = torch.randn(4, 3, 32, 32)
+    torch.manual_seed(1)
+    plain = model(x)
+    torch.manual_seed(1)
+    logits, row = model(x, with_class_row=True)
+    assert torch.equal(logits, plain)
+    (gradient,) = torch.autograd.grad(row.amax(), model.stages[0].blocks[1].mixer.qkv.weight)
+    assert gradient.any()
+
+
+def test_a_network_without_a_class_row_says_why():
+    model = build(tiny(prefix=None, **MEAN))
+    with pytest.raises(SpecError, match="no class row: there is no class token"):
+        model(torch.zeros(1, 3, 32, 32), with_class_row=True)
+
+
+def test_every_stage_but_the_last_is_passed_on_the_way_to_a_forward_pass():
+    model = build(WITH_GRID, generator=seeded(0)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        tokens = model.patch_embed(x) + model.position.pos
+        for stage in model.stages:
+            for block in stage.blocks:
+                tokens = tokens + block.mixer(block.norm1(tokens))
+                tokens = tokens + block.feed_forward(block.norm2(tokens))
+            tokens = tokens if stage.downsampling is None else stage.downsampling(tokens)
+        assert torch.equal(model(x), model.head(model.pooling(model.norm(tokens))))

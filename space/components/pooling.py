@@ -15,6 +15,11 @@ from space.registry import SpecError
 from space.spec import Component
 
 GEM_EPS = 1e-6
+MIN_EXPONENT = 0.01
+EXPONENT = {
+    "p": Choice(offered=(1.0, 3.0), default=3.0, allowed=(lambda value: MIN_EXPONENT < value < math.inf, f"above {MIN_EXPONENT}")),
+    "learned": Choice(offered=(True, False), default=True),
+}
 
 
 def _pooled(shape: TokenShape) -> TokenShape:
@@ -61,78 +66,101 @@ class MaxPooling(_Pooling):
         return x[:, self.num_prefix :].amax(dim=1)
 
 
-class _PowerMeanPooling(nn.Module):
-    """`z_c = (mean_n max(x_nc, eps)^p)^(1/p)`, with one learned exponent `p` for each of `groups` slices of the channels."""
+@component("pooling", "relu_mean")
+class ReluMeanPooling(_Pooling):
+    """The mean over the patches of the positive parts: what tells GeM's exponent from its clamp."""
 
-    def __init__(self, shape: TokenShape, *, p: float, groups: int):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.num_prefix :].clamp(min=0).mean(dim=1)
+
+
+class _PowerMeanPooling(nn.Module):
+    """`z_c = (mean_n max(x_nc, eps)^p)^(1/p)`, with one exponent `p` for each of `groups` slices of the channels.
+
+    The exponent is a parameter if it is `learned`, and else a buffer that the state dict leaves out. An optimizer may step over zero,
+    where there is no power mean: the forward pass takes no exponent below `MIN_EXPONENT`, and lets the gradient through as if it
+    did, so that an exponent can come back.
+    """
+
+    p: Tensor
+
+    def __init__(self, shape: TokenShape, *, p: float, groups: int, learned: bool):
         super().__init__()
         self.num_prefix = shape.num_prefix
         self.start = p
-        self.p = nn.Parameter(torch.full((groups,), p))
+        exponents = torch.full((groups,), p)
+        if learned:
+            self.p = nn.Parameter(exponents)
+        else:
+            self.register_buffer("p", exponents, persistent=False)
 
     def init_weights(self, generator: torch.Generator | None) -> None:
         nn.init.constant_(self.p, self.start)
 
+    def exponent_parameters(self) -> set[str]:
+        return {"p"} if isinstance(self.p, nn.Parameter) else set()
+
     def forward(self, x: Tensor) -> Tensor:
         C = x.shape[-1]
-        return power_mean(x[:, self.num_prefix :], self.p.repeat_interleave(C // len(self.p)))
+        p = self.p.detach().clamp(min=MIN_EXPONENT) + (self.p - self.p.detach())
+        return power_mean(x[:, self.num_prefix :], p.repeat_interleave(C // len(p)))
 
 
-@component("pooling", "gem", choices={"p": Choice(offered=(1.0, 3.0), default=3.0, allowed=POSITIVE)})
+@component("pooling", "gem", choices=EXPONENT)
 class GeMPooling(_PowerMeanPooling):
-    """Generalized mean of the patches with one learned exponent (https://arxiv.org/abs/1711.02512); `p` is its start.
+    """Generalized mean of the patches with one exponent (https://arxiv.org/abs/1711.02512), which starts at `p`.
 
     Values below 1e-6 are clamped, so p = 1 is the mean of the positive parts and not `mean`.
     """
 
-    def __init__(self, shape: TokenShape, *, p: float):
-        super().__init__(shape, p=p, groups=1)
+    def __init__(self, shape: TokenShape, *, p: float, learned: bool):
+        super().__init__(shape, p=p, groups=1, learned=learned)
 
     @staticmethod
-    def output_shape(shape: TokenShape, *, p: float) -> TokenShape:
+    def output_shape(shape: TokenShape, *, p: float, learned: bool) -> TokenShape:
         return _pooled(shape)
 
     @staticmethod
-    def cost(shape: TokenShape, *, p: float) -> Cost:
-        return Cost(params=1)
+    def cost(shape: TokenShape, *, p: float, learned: bool) -> Cost:
+        return Cost(params=int(learned))
 
 
-@component(
-    "pooling",
-    "ggem",
-    choices={
-        "groups": Choice(offered=(1, 2, 3, 4, 6, 8, 12, 16), allowed=POSITIVE),
-        "p": Choice(offered=(1.0, 3.0), default=3.0, allowed=POSITIVE),
-    },
-)
+@component("pooling", "ggem", choices={"groups": Choice(offered=(1, 2, 3, 4, 6, 8, 12, 16), allowed=POSITIVE)} | EXPONENT)
 class GroupGeMPooling(_PowerMeanPooling):
     """Group Generalized Mean Pooling for Vision Transformer (https://arxiv.org/abs/2212.04114).
 
-    Groups are slices of consecutive channels, each with its own learned exponent that starts at `p`.
+    Groups are slices of consecutive channels, each with its own exponent that starts at `p`; where none is learned, they are all
+    the same, and it is `gem`.
     """
 
     @staticmethod
-    def canonical(*, groups: int, p: float) -> Component:
-        return Component("gem", p=p) if groups == 1 else Component("ggem", groups=groups, p=p)
+    def canonical(*, groups: int, p: float, learned: bool) -> Component:
+        if groups == 1 or not learned:
+            return Component("gem", p=p, learned=learned)
+        return Component("ggem", groups=groups, p=p, learned=learned)
 
     @staticmethod
-    def output_shape(shape: TokenShape, *, groups: int, p: float) -> TokenShape:
+    def output_shape(shape: TokenShape, *, groups: int, p: float, learned: bool) -> TokenShape:
         if shape.dim % groups:
             raise SpecError(f"{groups} groups do not divide the width {shape.dim}")
         return _pooled(shape)
 
     @staticmethod
-    def cost(shape: TokenShape, *, groups: int, p: float) -> Cost:
-        return Cost(params=groups)
+    def cost(shape: TokenShape, *, groups: int, p: float, learned: bool) -> Cost:
+        return Cost(params=groups * learned)
 
 
 def power_mean(x: Tensor, p: Tensor) -> Tensor:
-    """`(mean_n max(x, eps)^p)^(1/p)` per channel, `(B, N, C), (C,) -> (B, C)`.
+    """`(mean_n max(x_n, eps)^p)^(1/p)` per channel, `(B, N, C), (C,) -> (B, C)`; every p is above 0.
 
-    As log-sum-exp in at least float32: eps^p underflows for p above 7.5, and in half precision far sooner.
+    As `m (mean_n (max(x_n, eps) / m)^p)^(1/p)` with m the largest, in at least float32: eps^p alone underflows for p above 7.5, and
+    in half precision far sooner.
     """
     with torch.autocast(x.device.type, enabled=False):
         wide = torch.promote_types(x.dtype, torch.float32)
         p = p.to(wide)
-        logs = p * x.to(wide).clamp(min=GEM_EPS).log()
-        return ((logs.logsumexp(dim=1) - math.log(x.shape[1])) / p).exp().to(x.dtype)
+        clamped = x.to(wide).clamp(min=GEM_EPS)
+        # Cancels out, so its gradient is nothing.
+        largest = clamped.detach().amax(dim=1, keepdim=True)
+        mean = (clamped / largest).pow(p).mean(dim=1)
+        return (largest.squeeze(1) * mean.pow(1 / p)).to(x.dtype)

@@ -26,6 +26,9 @@ class LearnedPosition(nn.Module):
     def init_weights(self, generator: torch.Generator | None) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
 
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed"}
+
     def forward(self, x: Tensor) -> Tensor:
         return x + self.pos_embed
 

@@ -39,6 +39,9 @@ class ClassToken(nn.Module):
         for token in self.parameters():
             nn.init.normal_(token, std=TOKEN_STD, generator=generator)
 
+    def no_weight_decay(self) -> set[str]:
+        return {"class_token", "registers"}
+
     def forward(self, x: Tensor) -> Tensor:
         B = x.shape[0]
         return torch.cat([*(token.expand(B, -1, -1) for token in self.parameters()), x], dim=1)
