@@ -7,7 +7,7 @@ problems", Biometrika 33, 1945); partial tau is Kendall, "Partial rank correlati
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +60,33 @@ def rank_agreement(
     Above `MAX_BOOTSTRAP_POINTS` networks the interval is that of a random subset, its distance from tau shrunk by the
     square root of the subset's share (the width goes as one over the root of n).
     """
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    tau = kendall_tau(x, y)
-    num_points = len(x)
+    return _with_interval(kendall_tau, _resampled_taus, (x, y), seed, num_resamples, confidence)
+
+
+def partial_rank_agreement(
+    x: Sequence[float] | np.ndarray,
+    y: Sequence[float] | np.ndarray,
+    z: Sequence[float] | np.ndarray,
+    *,
+    seed: int,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+) -> RankAgreement:
+    """Partial tau of x and y given z with its interval, as `rank_agreement` makes it: networks are drawn as triples."""
+    return _with_interval(partial_kendall_tau, _resampled_partial_taus, (x, y, z), seed, num_resamples, confidence)
+
+
+def _with_interval(
+    statistic: Callable[..., float],
+    resampled_statistic: Callable[..., np.ndarray],
+    columns: tuple[Sequence[float] | np.ndarray, ...],
+    seed: int,
+    num_resamples: int,
+    confidence: float,
+) -> RankAgreement:
+    arrays = [np.asarray(column, dtype=float) for column in columns]
+    tau = statistic(*arrays)
+    num_points = len(arrays[0])
     if math.isnan(tau):
         return RankAgreement(tau=tau, low=math.nan, high=math.nan, num_points=num_points)
     generator = np.random.default_rng(seed)
@@ -70,33 +94,40 @@ def rank_agreement(
     if num_points > MAX_BOOTSTRAP_POINTS:
         subset = generator.choice(num_points, MAX_BOOTSTRAP_POINTS, replace=False)
         shrink = math.sqrt(MAX_BOOTSTRAP_POINTS / num_points)
-        x, y = x[subset], y[subset]
-    resampled = _resampled_taus(x, y, generator, num_resamples)
-    centre = kendall_tau(x, y)
+        arrays = [array[subset] for array in arrays]
+    n = len(arrays[0])
+    draws = generator.multinomial(n, np.full(n, 1 / n), size=num_resamples)
+    resampled = resampled_statistic(*arrays, draws)
+    centre = statistic(*arrays)
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(resampled, [tail, 1 - tail]) if not np.isnan(resampled).all() else (math.nan, math.nan)
     low, high = tau + shrink * (low - centre), tau + shrink * (high - centre)
     return RankAgreement(tau=tau, low=float(max(low, -1.0)), high=float(min(high, 1.0)), num_points=num_points)
 
 
-def _resampled_taus(x: np.ndarray, y: np.ndarray, generator: np.random.Generator, num_resamples: int) -> np.ndarray:
-    """tau-b of each resample.
+def _resampled_taus(x: np.ndarray, y: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """tau-b of each resample; `draws` (R, n) says how often it drew each network.
 
-    A resample is the vector w of how often each network was drawn, and its tau is (w'Aw) / sqrt(w'Bw w'Cw) with
-    A_ij = sign(x_i - x_j) sign(y_i - y_j), B = |sign of x|, C = |sign of y|: three matrix products for all resamples.
-    float32 holds the row sums exactly, they are integers of at most n.
+    The tau of a row w is (w'Aw) / sqrt(w'Bw w'Cw) with A_ij = sign(x_i - x_j) sign(y_i - y_j), B = |sign of x|,
+    C = |sign of y|: three matrix products for all resamples. float32 holds the row sums exactly, they are integers of at
+    most n.
     """
-    n = len(x)
-    draws = generator.multinomial(n, np.full(n, 1 / n), size=num_resamples).T.astype(np.float32)
+    counts = draws.T.astype(np.float32)
     x_sign = np.sign(x[:, None] - x[None, :]).astype(np.float32)
     y_sign = np.sign(y[:, None] - y[None, :]).astype(np.float32)
 
     def quadratic(pairs: np.ndarray) -> np.ndarray:
-        return np.einsum("nb,nb->b", pairs @ draws, draws, dtype=np.float64)
+        return np.einsum("nb,nb->b", pairs @ counts, counts, dtype=np.float64)
 
     agreeing = quadratic(x_sign * y_sign)
     untied = quadratic(np.abs(x_sign)) * quadratic(np.abs(y_sign))
-    return np.divide(agreeing, np.sqrt(untied), out=np.full(num_resamples, np.nan), where=untied > 0)
+    return np.divide(agreeing, np.sqrt(untied), out=np.full(len(draws), np.nan), where=untied > 0)
+
+
+def _resampled_partial_taus(x: np.ndarray, y: np.ndarray, z: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    xy, xz, yz = (_resampled_taus(first, second, draws) for first, second in ((x, y), (x, z), (y, z)))
+    remaining = (1 - xz**2) * (1 - yz**2)
+    return np.divide(xy - xz * yz, np.sqrt(remaining), out=np.full(len(draws), np.nan), where=remaining > 1e-12)
 
 
 def agreement_table(

@@ -1,0 +1,195 @@
+"""Accuracy of networks over the levels of a corruption, a panel for each corruption: PNG for papers, SVG in HTML for the browser.
+
+A curve is `(levels, accuracy)`: levels `(L,)`, the first that of the clean image, and accuracy `(S, L)` in percent, a row for each seed.
+Levels are percent of the cells, and for the permutation log2 of the number of tiles.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from results.plots import BEST, FAMILY, FRONT, GREY, GRID, INK
+from results.records import write_bytes_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curve = tuple[np.ndarray, np.ndarray]
+Curves = Mapping[str, Mapping[str, Curve]]
+"""Networks by label, and the curves of each by name."""
+
+PANELS = {
+    "patch_mix_coarse": ("Patch-mix, coarse grid", "foreign cells (%)"),
+    "patch_mix_fine": ("Patch-mix, fine grid", "foreign cells (%)"),
+    "patch_drop": ("Patch drop", "dropped cells (%)"),
+    "permutation": ("Patch permutation", "shuffled tiles"),
+}
+COLOURS = (FAMILY, FRONT, BEST, INK, "#7b5ea7", "#4a90c2", "#a0693a", "#7d9a3c")
+CONFIDENCE = 0.95
+MAX_AREAS = 6
+"""Up to so many networks their areas are written into the panels."""
+
+SVG = "http://www.w3.org/2000/svg"
+
+
+def read_curves(paths: Sequence[Path]) -> dict[str, Curve]:
+    """The curves in the `robustness.npz` of each seed of a network; raises ValueError if they are of different levels."""
+    curves: dict[str, Curve] = {}
+    for name in PANELS:
+        levels, accuracy = [], []
+        for path in paths:
+            with np.load(path) as stored:
+                levels.append(stored[f"{name}_levels"])
+                accuracy.append(100 * stored[name].mean(axis=0))
+        if different := [path for path, found in zip(paths, levels, strict=True) if not np.array_equal(found, levels[0])]:
+            raise ValueError(f"{different[0]} and {paths[0]} were measured at different levels of {name}; curves of one network share them")
+        curves[name] = (levels[0], np.stack(accuracy))
+    return curves
+
+
+def area_pct(levels: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
+    """Area under each curve by the trapezoidal rule over its width: the mean accuracy `(..., L) -> (...)`, in percent."""
+    return np.trapezoid(accuracy, levels, axis=-1) / (levels[-1] - levels[0])
+
+
+def mean_and_half_width(accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Mean over the seeds `(S, L) -> (L,)` and half the width of its 95 % interval by Student's t; None for a single seed."""
+    from scipy.stats import t
+
+    S = len(accuracy)
+    if S == 1:
+        return accuracy[0], None
+    return accuracy.mean(axis=0), t.ppf((1 + CONFIDENCE) / 2, S - 1) * accuracy.std(axis=0, ddof=1) / np.sqrt(S)
+
+
+def write_png(curves: Curves, path: Path, *, title: str, chance_pct: float) -> None:
+    """The figure at README width (1800 pixels), the mean over seeds with the band of its interval."""
+    with _style():
+        figure = _figure(curves, title, chance_pct)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    write_bytes_atomically(path, buffer.getvalue())
+
+
+def write_html(curves: Curves, path: Path, *, title: str, chance_pct: float) -> None:
+    """The same figure as a page that loads nothing; resting on a point shows its network, level and accuracy."""
+    with _style():
+        figure = _figure(curves, title, chance_pct)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    ElementTree.register_namespace("", SVG)
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    drawing = ElementTree.fromstring(buffer.getvalue())
+    drawing.attrib |= {"width": "100%", "height": "auto"}
+    for name, label, curve in _each(curves):
+        points = drawing.iterfind(f".//*[@id='{_group(name, label)}']//{{{SVG}}}use")
+        for point, text in zip(points, _hover(name, label, curve), strict=True):
+            ElementTree.SubElement(point, f"{{{SVG}}}title").text = text
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><link rel="icon" href="data:,">'
+        "<style>body { margin: 0 auto; padding: 24px; max-width: 1280px; } use { cursor: crosshair; }</style></head>"
+        f"<body>{ElementTree.tostring(drawing, encoding='unicode')}</body></html>\n"
+    )
+    write_bytes_atomically(path, page.encode())
+
+
+def _figure(curves: Curves, title: str, chance_pct: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in PANELS if any(name in of_network for of_network in curves.values())]
+    num_legend_rows = -(-(len(curves) + 1) // 4)
+    figure = Figure(figsize=(11, 4.1 + 0.2 * num_legend_rows), dpi=164, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = dict(zip(names, figure.subplots(1, len(names), sharey=True, squeeze=False)[0], strict=True))
+    for name, axis in axes.items():
+        heading, level_title = PANELS[name]
+        axis.set_axisbelow(True)
+        axis.grid(color=GRID, linewidth=0.8)
+        axis.axhline(chance_pct, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), label="chance")
+        axis.set_title(heading, fontsize=10.5, loc="left", color="#5a6b7c")
+        axis.set_xlabel(level_title)
+        axis.set_ylim(0, 102)
+    for number, (label, of_network) in enumerate(curves.items()):
+        colour, dashes = COLOURS[number % len(COLOURS)], "-" if number < len(COLOURS) else "--"
+        for name, curve in of_network.items():
+            _draw(axes[name], name, label, curve, colour, dashes)
+            if len(curves) <= MAX_AREAS:
+                _write_area(axes[name], curve, colour, len(curves) - number)
+    axes[names[0]].set_ylabel("test accuracy (%)")
+    handles = {label: handle for axis in axes.values() for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    shown = [*curves, "chance"]
+    figure.legend([handles[label] for label in shown], shown, loc="outside lower center", ncols=4, frameon=False, fontsize=10)
+    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def _draw(axis: Axes, name: str, label: str, curve: Curve, colour: str, dashes: str) -> None:
+    levels = curve[0]
+    mean, half_width = mean_and_half_width(curve[1])
+    if half_width is not None:
+        axis.fill_between(levels, mean - half_width, mean + half_width, color=colour, alpha=0.15, linewidth=0)
+    axis.plot(levels, mean, color=colour, linestyle=dashes, linewidth=1.8, label=label, zorder=3)
+    points = axis.scatter(levels, mean, s=30, c=colour, edgecolors="white", linewidths=0.7, zorder=4, clip_on=False)
+    points.set_gid(_group(name, label))
+    ticks = levels if name == "permutation" else np.arange(0, levels[-1] + 1, 10 if levels[-1] <= 60 else 20)
+    axis.set_xticks(ticks, [_level_text(name, level) for level in ticks])
+
+
+def _write_area(axis: Axes, curve: Curve, colour: str, line: int) -> None:
+    # Curves start high and end low: what is free is the lower left, above chance.
+    mean, half_width = mean_and_half_width(area_pct(*curve)[:, None])
+    text = f"area {mean[0]:.1f}" + ("" if half_width is None else f" ± {half_width[0]:.1f}")
+    white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
+    place = (0.05, 0.1 + 0.055 * line)
+    axis.text(*place, text, transform=axis.transAxes, color=colour, fontsize=9, fontweight="bold", bbox=white, zorder=5)
+
+
+def _each(curves: Curves) -> Iterator[tuple[str, str, Curve]]:
+    for label, of_network in curves.items():
+        for name, curve in of_network.items():
+            yield name, label, curve
+
+
+def _group(name: str, label: str) -> str:
+    return f"points-{name}-{label.encode().hex()}"
+
+
+def _hover(name: str, label: str, curve: Curve) -> list[str]:
+    mean, half_width = mean_and_half_width(curve[1])
+    errors = [" %"] * len(mean) if half_width is None else [f" ± {error:.2f} %, mean of {len(curve[1])} seeds" for error in half_width]
+    heading, level_title = PANELS[name]
+    return [
+        f"{label}\n{heading}, {level_title}: {_level_text(name, level)}\naccuracy {value:.2f}{error}"
+        for level, value, error in zip(curve[0], mean, errors, strict=True)
+    ]
+
+
+def _level_text(name: str, level: float) -> str:
+    return f"{2**level:.0f}" if name == "permutation" else f"{level:.3g}"
+
+
+def _style() -> Any:
+    from matplotlib import rc_context
+
+    style: dict[Any, Any] = {
+        "font.size": 11,
+        "axes.edgecolor": GREY,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "vitscale",
+    }
+    return rc_context(style)

@@ -1,0 +1,296 @@
+"""Ablations stated from per-image outcomes with planted effects, and their forest plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from results.effects import TEXT_WIDTH, Cell, Contrast, Design, Predictions, effects_table, effects_text, read_predictions
+from results.forest import interactive_figure, write_html, write_png
+from results.records import Metric
+from results.statistics import holm
+
+NUM_IMAGES = 200
+TOP1, NLL = Metric("top1_pct", "maximize"), Metric("nll", "minimize")
+LABELS = np.repeat([0, 1, 2], [100, 60, 40])
+
+
+def design(*contrasts: Contrast, outcomes: tuple[Metric, ...] = (TOP1,), **options) -> Design:
+    return Design(name="ablations", contrasts=contrasts, outcomes=outcomes, **options)
+
+
+def against_none(level: str, **options) -> Contrast:
+    return Contrast(**{"factor": "mixing", "levels": (level,), "baseline": "none", "outcome": "top1_pct", **options})
+
+
+PRIMARY = against_none("mixup", is_primary=True)
+
+
+def cells(
+    effects: Mapping[str, float], num_seeds: int, *, seed_noise: float = 3.0, noise: float = 2.0, outcome: str = "top1_pct"
+) -> list[Cell]:
+    """Trials whose outcome is 50 + effect + what the seed and the image do to every level + noise of their own."""
+    generator = np.random.default_rng(0)
+    images, seeds = 20 * generator.normal(size=NUM_IMAGES), seed_noise * generator.normal(size=num_seeds)
+    return [
+        trial(level, seed, 50 + effect + seeds[seed] + images + noise * generator.normal(size=NUM_IMAGES), outcome=outcome)
+        for level, effect in effects.items()
+        for seed in range(num_seeds)
+    ]
+
+
+def trial(level: str, seed: int, values: np.ndarray, *, outcome: str = "top1_pct", ids: np.ndarray | None = None) -> Cell:
+    ids = np.arange(NUM_IMAGES) if ids is None else ids
+    return Cell(factor="mixing", level=level, seed=seed, predictions=Predictions(ids=ids, labels=LABELS, outcomes={outcome: values}))
+
+
+def test_a_planted_effect_is_found_with_its_interval():
+    found = effects_table(cells({"none": 0, "mixup": 2.5}, 8), design(PRIMARY)).iloc[0]
+    assert found["effect"] == pytest.approx(2.5, abs=0.3)  # standard error 2 sqrt(2 / 1600) = .07
+    assert found["low"] < 2.5 < found["high"] < 3.5
+    assert (found["p"], found["smallest_p"], found["n_seeds"], found["n_images"]) == (2 / 256, 2 / 256, 8, NUM_IMAGES)
+    assert found["mean"] - found["baseline_mean"] == pytest.approx(found["effect"])
+    assert found["rejected"]
+    assert found["verdict"].startswith("better by 2.")
+
+
+def test_pairing_takes_out_what_seed_and_image_do_to_both_arms():
+    loud, quiet = (
+        effects_table(cells({"none": 0, "mixup": 1}, 8, seed_noise=noise), design(PRIMARY), num_resamples=500).iloc[0]
+        for noise in (30.0, 0.0)
+    )
+    assert loud[["effect", "low", "high", "p"]].tolist() == pytest.approx(quiet[["effect", "low", "high", "p"]].tolist(), abs=1e-5)
+
+
+def test_lower_is_better_where_the_outcome_says_so():
+    on_nll = against_none("mixup", is_primary=True, outcome="nll")
+    found = effects_table(cells({"none": 0, "mixup": -1}, 8, outcome="nll"), design(on_nll, outcomes=(NLL,))).iloc[0]
+    assert found["effect"] < 0
+    assert found["verdict"].startswith("better by 0.99")
+    assert (found["unit"], math.isnan(found["margin"]), math.isnan(found["equivalent_p"])) == ("nats", True, True)
+
+
+def test_no_effect_is_printed_as_none_and_within_the_margin():
+    found = effects_table(cells({"none": 0, "mixup": 0}, 8), design(PRIMARY)).iloc[0]
+    assert not found["rejected"]
+    assert found["verdict"].startswith("no difference shown: interval [-")
+    assert found["equivalent_p"] < 0.01
+    assert "within +-1 points (TOST p" in found["verdict"]
+
+
+@pytest.mark.parametrize(("alternative", "smallest", "needed"), [("two-sided", 0.25, 6), ("greater", 0.125, 5)])
+def test_three_seeds_say_that_they_cannot_reject(alternative: str, smallest: float, needed: int):
+    plan = design(against_none("mixup", is_primary=True, alternative=alternative, published=0.5))
+    found = effects_table(cells({"none": 0, "mixup": 20}, 3), plan).iloc[0]
+    assert found["p"] == found["smallest_p"] == smallest
+    assert f"3 seeds cannot reject at 0.05 (smallest p {smallest:.2g}), {needed} could" in found["verdict"]
+    assert found["verdict"].startswith("undecided: interval [")
+    assert found["could_have_seen"] is False
+    assert plan.num_seeds_needed == needed
+
+
+def test_one_seed_has_an_interval_of_images_and_nothing_over_seeds():
+    found = effects_table(cells({"none": 0, "mixup": 20}, 1), design(PRIMARY)).iloc[0]
+    assert "over images only excludes 0, p 1 does not reject; 1 seed cannot reject" in found["verdict"]
+    assert found["mde_seeds"] == math.inf
+    assert math.isnan(found["equivalent_p"])
+
+
+def test_whether_the_published_effect_could_have_been_seen():
+    def seen(published: float) -> bool:
+        plan = design(against_none("mixup", is_primary=True, published=published))
+        return effects_table(trials, plan, num_resamples=100).iloc[0]["could_have_seen"]
+
+    trials = cells({"none": 0, "mixup": 0}, 8, noise=8.0)
+    row = effects_table(trials, design(PRIMARY), num_resamples=100).iloc[0]
+    limit = max(row["mde_seeds"], row["mde_images"])
+    assert (seen(1.01 * limit), seen(-1.01 * limit), seen(0.99 * limit)) == (True, True, False)
+    assert row["could_have_seen"] is None
+
+
+def test_the_mean_of_levels_against_the_baseline():
+    anything = Contrast(factor="mixing", levels=("mixup", "cutmix"), baseline="none", outcome="top1_pct", is_primary=True)
+    found = effects_table(cells({"none": 0, "mixup": 1, "cutmix": 5}, 6), design(anything)).iloc[0]
+    assert found["contrast"] == "mean(mixup, cutmix) - none"
+    assert found["effect"] == pytest.approx(3, abs=0.3)
+
+
+def test_all_but_the_primary_are_corrected_together_and_the_primary_comes_first():
+    levels = ("cutmix", "mixup", "patch_mixing", "transmix")
+    plan = design(*(against_none(level, is_primary=level == "mixup") for level in levels))
+    table = effects_table(cells({"none": 0, "cutmix": 0.1, "mixup": 0.5, "patch_mixing": 3, "transmix": 0}, 9), plan)
+    assert table["contrast"].tolist() == [f"{level} - none" for level in ("mixup", "cutmix", "patch_mixing", "transmix")]
+    assert table["family_size"].tolist() == [1, 3, 3, 3]
+    assert math.isnan(table["p_holm"][0])
+    assert table["p_holm"][1:].tolist() == pytest.approx(holm(table["p"][1:].to_numpy()).tolist())
+    assert table["p_holm"][2] == pytest.approx(3 * 2 / 2**9)
+    assert plan.num_seeds_needed == 7  # 3 * 2 / 2^7 = .047
+
+
+def test_a_primary_contrast_is_one_of_many_on_the_other_outcomes():
+    plan = design(PRIMARY, against_none("cutmix"), outcomes=(TOP1, NLL))
+    assert [plan.family_size(contrast, name) for contrast in plan.contrasts for name in ("top1_pct", "nll")] == [1, 2, 1, 2]
+    one_sided = against_none("mixup", alternative="greater")
+    assert (plan.alternative(one_sided, "top1_pct"), plan.alternative(one_sided, "nll")) == ("greater", "two-sided")
+
+
+def test_what_is_not_measured_stays_in_its_family_and_is_named():
+    plan = design(PRIMARY, against_none("cutmix"), against_none("transmix"))
+    trials = [cell for cell in cells({"none": 0, "mixup": 1, "cutmix": 1}, 6) if (cell.level, cell.seed) != ("cutmix", 4)]
+    table = effects_table(trials, plan, num_resamples=200)
+    assert table["n_seeds"].tolist() == [6, 5, 0]
+    assert table["missing"].tolist() == ["", "cutmix lacks seed 4", "transmix lacks seed 0, 1, 2, 3, 4 and 1 more"]
+    assert table["p_holm"][1] == pytest.approx(2 * table["p"][1])
+    assert table["verdict"][2].startswith("not measured: no seed has every arm (transmix lacks")
+    text = effects_text(table)
+    assert "[cutmix lacks seed 4]" in text
+    assert "not measured: mixing, top1_pct: transmix - none" in text
+    assert effects_table([], plan)["n_seeds"].sum() == 0
+
+
+def test_images_are_matched_by_id_not_by_place():
+    trials = cells({"none": 0, "mixup": 2}, 6)
+    expected = effects_table(trials, design(PRIMARY), num_resamples=200)
+    shuffled = []
+    for cell in trials:
+        order = np.random.default_rng(cell.seed + 10 * (cell.level == "mixup")).permutation(NUM_IMAGES)
+        known = cell.predictions
+        shuffled.append(trial(cell.level, cell.seed, known.outcomes["top1_pct"][order], ids=known.ids[order]))
+    found = effects_table(shuffled, design(PRIMARY), num_resamples=200)
+    assert found["effect"][0] == pytest.approx(expected["effect"][0])
+    assert found["mde_images"][0] == pytest.approx(expected["mde_images"][0])
+
+
+def test_arms_on_different_images_are_refused_by_name():
+    trials = cells({"none": 0, "mixup": 2}, 2)
+    other = [*trials[:-1], trial("mixup", 1, np.zeros(NUM_IMAGES), ids=np.arange(NUM_IMAGES) + 3)]
+    with pytest.raises(
+        ValueError, match=r"mixing = mixup, seed 1 and mixing = none, seed 0.*only the first has 200, 201, 202, only the second 0, 1, 2"
+    ):
+        effects_table(other, design(PRIMARY))
+    with pytest.raises(ValueError, match="two trials of factor 'mixing', level 'mixup', seed 1"):
+        effects_table([*trials, trials[-1]], design(PRIMARY))
+
+
+def test_a_design_survives_json_and_its_digest_is_of_its_content():
+    plan = design(
+        against_none("mixup", is_primary=True, published=0.7, source="a paper, Table 1"), against_none("cutmix"), outcomes=(TOP1, NLL)
+    )
+    again = Design.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again == plan
+    assert again.digest == plan.digest
+    assert dataclasses.replace(plan, alpha=0.01).digest != plan.digest
+    with pytest.raises(ValueError, match=r"not a design: TypeError.*colour"):
+        Design.from_json({**plan.to_json(), "colour": "red"})
+    with pytest.raises(ValueError, match="not a design: KeyError: 'contrasts'"):
+        Design.from_json({})
+
+
+@pytest.mark.parametrize(
+    ("contrasts", "reason"),
+    [
+        ((), "has no contrast"),
+        ((against_none("mixup"),), "exactly one primary contrast, has 0"),
+        ((PRIMARY, against_none("cutmix", is_primary=True)), "has 2: mixup - none; cutmix - none"),
+        ((PRIMARY, PRIMARY), "a contrast twice"),
+        ((against_none("none", is_primary=True),), "differ from each other and from the baseline"),
+        ((against_none("mixup", levels=()),), "a contrast of mixing needs levels"),
+        ((against_none("mixup", outcome="top5_pct"),), "unknown outcome 'top5_pct'; known: top1_pct"),
+        ((against_none("mixup", alternative="more"),), "alternative 'more'; known: two-sided, greater, less"),
+    ],
+)
+def test_a_design_that_contradicts_itself_is_refused(contrasts: tuple[Contrast, ...], reason: str):
+    with pytest.raises(ValueError, match=reason):
+        design(*contrasts)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": 0.5}, {"margin_pct": 0.0}])
+def test_a_design_needs_a_level_and_a_margin(options: dict[str, float]):
+    with pytest.raises(ValueError, match=r"needs 0 < alpha <= 0\.2 and margin_pct > 0"):
+        design(PRIMARY, **options)
+
+
+def test_predictions_are_read_as_accuracy_likelihood_and_areas(tmp_path: Path):
+    logits = np.array([[2.0, 0, 0], [0, 1000, 0], [0, 0, 0]], dtype=np.float32)
+    np.savez(tmp_path / "predictions.npz", ids=np.array([7, 3, 5]), labels=np.array([0, 0, 2]), logits=logits)
+    assert set(read_predictions(tmp_path / "predictions.npz").outcomes) == {"top1_pct", "nll"}
+    correct = np.array([[True, True, False], [True, False, False], [True, True, True]])
+    curve = {"patch_mix": correct, "patch_mix_levels": np.array([0.0, 0.2, 0.5])}
+    np.savez(tmp_path / "robustness.npz", ids=np.array([3, 5, 7]), **curve)
+    found = read_predictions(tmp_path / "predictions.npz")
+    assert found.ids.tolist() == [7, 3, 5]
+    assert found.outcomes["top1_pct"].tolist() == [100, 0, 0]
+    assert found.outcomes["nll"] == pytest.approx([math.log(math.exp(2) + 2) - 2, 1000, math.log(3)])
+    # Image 3: (.2 * 1 + .3 * .5) / .5; image 5: .2 * .5 / .5; image 7 is always right. In the order of the predictions.
+    assert found.outcomes["patch_mix_auc"] == pytest.approx([100, 70, 20])
+
+
+def test_unusable_predictions_are_refused(tmp_path: Path):
+    path = tmp_path / "predictions.npz"
+    np.savez(path, ids=np.arange(2), labels=np.zeros(2, dtype=int), logits=np.array([[0.0, np.nan], [0.0, 0.0]]))
+    with pytest.raises(ValueError, match=r"predictions.npz: logits of 1 images are not finite"):
+        read_predictions(path)
+    np.savez(path, ids=np.arange(2), labels=np.zeros(2, dtype=int), logits=np.zeros((2, 2)))
+    np.savez(tmp_path / "robustness.npz", ids=np.arange(1, 3), drop=np.ones((2, 2), dtype=bool), drop_levels=np.arange(2.0))
+    with pytest.raises(ValueError, match=r"robustness.npz and .*predictions.npz are not of the same test images"):
+        read_predictions(path)
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    many = Contrast(factor="mixing", levels=("mixup", "cutmix"), baseline="none", outcome="top1_pct", is_primary=True, published=4.0)
+    plan = design(many, against_none("mixup"), against_none("cutmix", outcome="nll"), outcomes=(TOP1, NLL))
+    both = []
+    for cell in cells({"none": 0, "mixup": 0, "cutmix": 6}, 7):
+        values = cell.predictions.outcomes["top1_pct"]
+        both.append(
+            dataclasses.replace(
+                cell, predictions=dataclasses.replace(cell.predictions, outcomes={"top1_pct": values, "nll": -values / 100})
+            )
+        )
+    return effects_table(both, plan, num_resamples=300)
+
+
+def test_the_text_fits_a_terminal_and_names_the_trivial_accuracy(table: pd.DataFrame):
+    lines = effects_text(table).splitlines()
+    assert max(map(len, lines)) <= TEXT_WIDTH
+    assert "always guessing the most frequent class of the test set: 50.00 % top-1" in lines
+    assert [line for line in lines if line.startswith("*")] == ["* mixing: mean(mixup, cutmix) - none"]
+    assert sum(line.startswith("      ") and line.strip().startswith(("better", "no diff", "undecided", "worse")) for line in lines) == len(
+        table
+    )
+
+
+def test_the_forest_shows_every_effect_filled_where_it_is_shown(table: pd.DataFrame):
+    figure = interactive_figure(table)
+    drawn = [x for trace in figure.data if trace.name != "published effect" for x in trace.x]
+    filled = [color != "white" for trace in figure.data if trace.name != "published effect" for color in trace.marker.color]
+    expected = dict(zip(table["effect"], table["rejected"], strict=True))
+    assert dict(zip(drawn, filled, strict=True)) == expected
+    assert set(filled) == {True, False}
+    assert [trace.x for trace in figure.data if trace.name == "published effect"] == [(4.0,)]
+
+
+def test_the_forest_is_a_readme_wide_png_and_a_page_that_loads_nothing(table: pd.DataFrame, tmp_path: Path):
+    from PIL import Image
+
+    write_png(table, tmp_path / "effects.png", "ablations")
+    with Image.open(tmp_path / "effects.png") as image:
+        assert image.width == 1804
+    write_html(table, tmp_path / "effects.html", "<ablations>")
+    page = (tmp_path / "effects.html").read_text()
+    assert "&lt;ablations&gt;" in page
+    assert "<script src" not in page
+    assert "mean(mixup, cutmix) - none" in page
+
+
+def test_nothing_measured_is_nothing_to_draw(tmp_path: Path):
+    with pytest.raises(ValueError, match="nothing to draw"):
+        write_png(effects_table([], design(PRIMARY)), tmp_path / "effects.png", "ablations")
