@@ -26,6 +26,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 
+@pytest.fixture(scope="session")
+def tiny_vit():
+    """The smallest plain ViT with a class token that still learns the digits."""
+    from space.spec import ArchSpec, BlockSpec, Component, StageSpec
+
+    block = BlockSpec(mixer=Component("attention", num_heads=2, head_dim=8), feed_forward=Component("mlp", hidden_dim=32))
+    return ArchSpec(
+        stages=(StageSpec(embed_dim=16, blocks=(block,) * 2),),
+        img_size=8,
+        num_classes=10,
+        patch_embed=Component("conv", kernel=2, stride=2),
+        prefix=Component("class_token"),
+        position=Component("learned"),
+        pooling=Component("class_token"),
+    )
+
+
 def run_command(
     *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:

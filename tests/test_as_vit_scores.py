@@ -117,10 +117,10 @@ def test_reference_mode_is_the_published_procedure():
 
 
 def reference_images(model, settings):
+    from space.randomness import stream
     from workers.data import load_images
-    from workers.evaluators.as_vit import _stream
 
-    return load_images("digits", img_size=model.img_size, num_images=settings.ntk_batch_size, seed=_stream(0, 0, "images")).images
+    return load_images("digits", img_size=model.img_size, num_images=settings.ntk_batch_size, seed=stream(0, 0, "images")).images
 
 
 def test_length_distortion_does_not_depend_on_the_number_of_angles():

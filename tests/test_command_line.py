@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, run_command
 
+from search.run import parse_recipe, parse_study
+from search.studies.ablations import AblationOptions
+from space.recipe import Recipe
+
 SEED = "as_vit:8,2,3|4,1,2|4,1,4|4,1,6|32"
 
 
@@ -22,7 +26,9 @@ def test_list_names_what_there_is_without_importing_the_heavy_libraries(tmp_path
     assert not imported & {"torch", "timm", "ray", "optuna", "mlflow", "pandas", "numpy"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["as_vit", "--help"], ["describe", "--help"], ["evaluate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["as_vit", "--help"], ["ablations", "--help"], ["describe", "--help"], ["evaluate", "--help"]]
+)
 def test_help_is_there_and_imports_nothing_heavy(tmp_path: Path, arguments: list[str]):
     shown = run_command(*arguments, cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert shown.returncode == 0
@@ -81,6 +87,13 @@ MISTAKES = {
     "not a number at all": (["as_vit", "--trials", "many"], "--trials: 'many' is not a whole number above 0"),
     "negative seed": (["as_vit", "--seed", "-1"], "--seed: '-1' is not a whole number from 0"),
     "name with a slash": (["smoke", "--name", "a/b"], "--name 'a/b' is no name for a study"),
+    "unknown factor": (["ablations", "--factor", "poling"], "unknown factor 'poling' in --factor; did you mean 'pooling'"),
+    "level of no factor": (["ablations", "--level", "gem"], "FACTOR=LEVEL is expected"),
+    "option that is no number": (["ablations", "--seeds", "many"], "--seeds: 'many' is not a whole number"),
+    "options of another study": (["smoke", "--seeds", "3"], "unrecognized arguments: --seeds 3"),
+    "flag without meaning": (["ablations", "--trials", "3"], "--trials means nothing here"),
+    "recipe of no field": (["evaluate", "vit_digits", "--evaluators", "short_train", "--recipe", "epoch=1"], "did you mean 'epochs'"),
+    "recipe of no number": (["evaluate", "vit_digits", "--evaluators", "short_train", "--recipe", "epochs=x"], "a number is expected"),
     "unknown digest": (["describe", "0123456789abcdef"], "no leaderboard entry has the digest '0123456789abcdef'"),
 }
 
@@ -93,6 +106,37 @@ def test_a_mistake_gets_one_clear_line_and_status_2(tmp_path: Path, arguments: l
     assert "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if "error:" in line]) == 1
     assert not (tmp_path / "runs" / "work").exists()
+
+
+def test_a_study_explains_its_own_flags(tmp_path: Path):
+    shown = run_command("ablations", "--help", cwd=tmp_path, env={"COLUMNS": "200"}).stdout
+    assert "of this study:" in shown
+    assert "--factor NAME" in shown
+    assert "paired trainings of each level" in shown
+    assert "(default: 3)" in shown
+    assert "--factor" not in run_command("smoke", "--help", cwd=tmp_path).stdout
+
+
+def test_options_become_the_fields_of_the_studys_own_class():
+    settings, _ = parse_study("ablations", ["--factor", "pooling", "--factor", "mixing", "--seeds", "5", "--lr", "0.002", "--robustness"])
+    assert settings.options == AblationOptions(factor=("pooling", "mixing"), seeds=5, lr=0.002, robustness=True)
+    assert parse_study("ablations", [])[0].options == AblationOptions()
+
+
+def test_a_recipe_is_read_field_by_field():
+    text = "epochs=3, lr=0.01,flip=false,mixing=cutmix,mixing_grids=4/8"
+    recipe = Recipe(epochs=3, seed=7, lr=0.01, flip=False, mixing="cutmix", mixing_grids=(4, 8))
+    assert parse_recipe(text, 7) == recipe
+    assert parse_recipe("", 7) is None
+
+
+@pytest.mark.slow
+def test_evaluate_trains_one_model_with_a_recipe(tmp_path: Path):
+    flags = ["--evaluators", "short_train", "--recipe", "epochs=1,batch_size=256,flip=false", "--workdir", tmp_path / "out", "--json"]
+    done = run_command("evaluate", "vit_digits", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 0 <= json.loads(done.stdout)["values"]["test_top1_pct"] <= 100
+    assert (tmp_path / "out" / "artifacts" / "predictions.npz").exists()
 
 
 def test_an_unknown_component_of_a_spec_file_is_named_with_the_nearest(tmp_path: Path):

@@ -1,11 +1,14 @@
 import io
 import os
 import re
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 
 from workers.data import IMAGENET_MEAN, IMAGENET_STD, check_source, fingerprint, load_images
@@ -127,10 +130,33 @@ def test_the_fingerprint_is_of_names_and_sizes(folder, tmp_path):
     assert fingerprint(f"folder:{tmp_path / 'moved'}") != before
 
 
-def test_a_good_source_comes_back_with_an_absolute_path(folder, monkeypatch):
+def test_a_good_source_comes_back_with_absolute_paths(folder, archive, monkeypatch):
     monkeypatch.chdir(folder.parent)
     assert check_source("digits") == "digits"
     assert check_source("folder:images") == f"folder:{folder}"
+    assert check_source("tar:images.tar,./images.tar") == f"tar:{archive},{archive}"
+
+
+def test_a_comma_may_be_part_of_a_path(folder):
+    renamed = folder.rename(folder.parent / "cats, dogs")
+    assert check_source(f"folder:{renamed}") == f"folder:{renamed}"
+
+
+def test_a_mistyped_path_is_refused_without_heavy_imports(tmp_path):
+    code = f"""
+import sys
+from workers.data import check_source
+for source in ("torchvision:mnist:{tmp_path}/no", "parquet:{tmp_path}/no", "webdataset:{tmp_path}/no", "tar:{tmp_path}/no"):
+    try:
+        check_source(source)
+    except ValueError as error:
+        assert "no does not exist" in str(error)
+    else:
+        raise AssertionError(source)
+assert not sys.modules.keys() & {{"torch", "timm", "torchvision", "datasets"}}
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_bad_sources_are_refused_in_one_line(folder, archive, tmp_path):
@@ -142,8 +168,17 @@ def test_bad_sources_are_refused_in_one_line(folder, archive, tmp_path):
     expected = {
         "digit": "did you mean 'digits'",
         "folders:x": "did you mean 'folder:PATH'",
-        "imagenet": "known: digits, folder:PATH, tar:PATH",
+        "imagenet": "known: digits, folder:PATH, parquet:PATH, tar:PATH, torchvision:NAME:ROOT, webdataset:PATH",
         "folder:": "write 'folder:PATH'",
+        "torchvision:": "in data 'torchvision:'; known: cifar10, cifar100",
+        "torchvision:cifar": "did you mean 'cifar10'",
+        "torchvision:mnist": "write 'torchvision:NAME:ROOT'",
+        f"torchvision:mnist:{archive}": "not a folder",
+        f"torchvision:mnist:{folder}": "torchvision finds no mnist below",
+        f"webdataset:{folder}": "no shard (*.tar)",
+        f"webdataset:{tmp_path / 'text.tar'}": "not a tar archive",
+        f"parquet:{folder}": "no *.parquet below",
+        f"folder:{folder},{tmp_path / 'missing'}": "missing does not exist",
         str(folder): f"write 'folder:{folder}'",
         str(archive): f"write 'tar:{archive}'",
         f"folder:{tmp_path / 'missing'}": "missing does not exist",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 import statistics
 
 import pytest
@@ -10,17 +11,28 @@ from torch import nn
 
 from space.as_vit import Network, spec
 from space.cost import cost
+from space.model import build_model
+from space.recipe import Recipe
 from space.registry import SpecError
 from space.spec import Component
+from space.timm_spec import TimmSpec
+from workers.checkpoints import save_model
+from workers.data import load_dataset
 from workers.evaluator import Call, Context, NoSettings, evaluators
 from workers.evaluators import profile as profile_module
 from workers.evaluators.profile import ProfileSettings, profile
 
 SMALL = spec(Network.parse("4,8,2|2,4,2|2,2,2|2,1,2|16,8"), img_size=32, num_classes=10)
 CONTEXT = Context(seed=0)
+RECIPE = Recipe(epochs=1, batch_size=256)
 # Other test files register evaluators of their own.
 EVALUATORS = [each for each in map(evaluators.get, evaluators.names()) if each.function.__module__.startswith("workers.evaluators.")]
-QUICK = {"as_vit": {"num_repeats": "2", "ntk_batch_size": "4", "num_angles": "2"}, "profile": {"num_runs": "30", "num_warmup": "1"}}
+QUICK = {
+    "as_vit": {"num_repeats": "2", "ntk_batch_size": "4", "num_angles": "2"},
+    "linear_probe": {"epochs": "1"},
+    "profile": {"num_runs": "30", "num_warmup": "1"},
+    "robustness": {"max_images": "20"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,20 +49,53 @@ def each(request):
     return request.param
 
 
-def run(each):
-    return each.function(SMALL, CONTEXT, each.parse_settings(QUICK.get(each.name, {})))
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The work directory of a trial that has left its network."""
+    workdir = tmp_path_factory.mktemp("trained")
+    save_model(workdir / "model.pt", build_model(SMALL, seed=0), SMALL)
+    return workdir
 
 
-def test_exactly_the_declared_metrics_are_measured_and_finite(each):
+@pytest.fixture
+def run(trained, tmp_path):
+    """Each call has a work directory of its own, with a trained network in it and in that of an earlier phase."""
+
+    def run(each, number=0):
+        workdir = shutil.copytree(trained, tmp_path / str(number))
+        dataset = load_dataset("digits", img_size=SMALL.img_size) if each.needs_dataset else None
+        context = Context(seed=0, dataset=dataset, recipe=RECIPE, workdir=workdir, earlier={"backbone": trained})
+        return each.function(SMALL, context, each.parse_settings(QUICK.get(each.name, {})))
+
+    return run
+
+
+def test_exactly_the_declared_metrics_are_measured_and_finite(each, run):
     measured = run(each)
     assert set(measured) == {metric.name for metric in each.metrics}
     assert all(math.isfinite(value) for value in measured.values())
 
 
-def test_equal_calls_give_equal_values(each):
-    if each.name == "profile":
+def test_equal_calls_give_equal_values(each, run):
+    if not each.is_deterministic:
         pytest.skip("measures time")
-    assert run(each) == run(each)
+    assert run(each) == run(each, 1)
+
+
+def test_a_model_of_timm_is_measured_or_refused_with_the_reason(each, tmp_path):
+    """Whatever a study gives to an evaluator, the user reads a sentence and no AttributeError."""
+    model = TimmSpec(name="test_convnext", img_size=32, num_classes=10)
+    save_model(tmp_path / "model.pt", build_model(model, seed=0), model)
+    dataset = load_dataset("digits", img_size=32) if each.needs_dataset else None
+    context = Context(seed=0, dataset=dataset, recipe=RECIPE, workdir=tmp_path, earlier={"backbone": tmp_path})
+    refusal = ""
+    measured = {}
+    try:
+        measured = each.function(model, context, each.parse_settings(QUICK.get(each.name, {})))
+    except SpecError as error:
+        refusal = str(error)
+    assert all(math.isfinite(value) for value in measured.values())
+    assert measured or "timm" in refusal
 
 
 def test_the_default_settings_name_a_call(each):
@@ -65,7 +110,7 @@ def test_every_evaluator_says_what_it_measures(each):
     assert all(metric.goal in ("minimize", "maximize") for metric in each.metrics)
 
 
-def test_cost_is_the_analytic_count():
+def test_cost_is_the_analytic_count(run):
     counted = cost(SMALL)
     measured = run(evaluators.get("cost"))
     assert measured == {"params_m": counted.params / 1e6, "gmacs": counted.macs / 1e9, "depth": 4}

@@ -220,3 +220,12 @@ def test_the_runs_directory_is_absolute_and_taken_from_the_environment(tmp_path,
     assert default_runs({}) == tmp_path / "runs"
     assert default_runs({"VITSCALE_RUNS": "/data/runs"}) == Path("/data/runs")
     assert RunPaths(Path("runs")).journal == tmp_path / "runs" / "optuna.journal"
+
+
+def test_one_network_under_two_recipes_has_two_rows(tmp_path: Path):
+    tracker = MlflowTracker(RunPaths(tmp_path).mlflow_uri, "s", invocation={}, objectives={"train": GOALS})
+    for number, recipe in enumerate(("aa", "bb", "aa")):
+        tracker.record(record("train", number, digest="ab" * 8, recipe_digest=recipe), measured(1.0, 2.0))
+    results = load_results(RunPaths(tmp_path).mlflow_uri, "s")
+    assert len(results.frame) == 2
+    assert results.num_reused == {"train": 1}

@@ -182,3 +182,22 @@ def test_every_strategy_searches_the_smoke_space(tmp_path: Path, strategy: str):
     trials = optuna_study(tmp_path, "smoke/search").get_trials(states=(TrialState.COMPLETE,))
     assert len(trials) == 4
     assert all(trial.user_attrs["result"]["params_m"] <= 0.12 for trial in trials)
+
+
+def test_options_of_a_study_are_settings_in_python_too(tmp_path: Path):
+    settings = {"runs": tmp_path / "runs", "factor": ("optimizer",), "level": ("optimizer=lion",), "epochs": 1, "batch_size": 256}
+    study = search.open_study("ablations/train", **settings)
+    study.enqueue_trial({"factor": "optimizer", "optimizer": "lion", "seed": 0})
+    study.optimize(search.objective("ablations/train", **settings), n_trials=1)
+    assert study.trials[0].user_attrs["result"]["label"] == "optimizer=lion seed 0"
+    with pytest.raises(ValueError, match="unknown setting 'epoch'"):
+        search.open_study("ablations/train", runs=tmp_path, epoch=1)
+
+
+def test_a_phase_that_needs_an_earlier_one_says_so_in_python(tmp_path: Path):
+    settings = {"runs": tmp_path / "runs", "linear_probe": True}
+    with pytest.raises(SettingsError, match="phase 'probe' needs backbone"):
+        search.objective("ablations/probe", **settings)
+    search.open_study("ablations/backbone", **settings)
+    with pytest.raises(search.service.PhaseStopped, match="ablations/backbone has no complete trial"):
+        search.objective("ablations/probe", **settings)

@@ -1,32 +1,29 @@
-"""Images for the evaluators that need some: a source named by a string, a sample determined by its contents and a seed.
+"""Images for the evaluators that need some, determined by the contents of a source: a sample, or a data set with its splits.
 
-    digits          scikit-learn's 1,797 handwritten digits, which need no download
-    folder:PATH     every image file below a folder, in class folders or not
-    tar:PATH        every image file in one tar archive, compressed or not
-
-Files are listed here rather than by timm's readers: those cannot list an archive that was cut off, and their import
-takes seconds that a mistyped path should not cost.
+Sources are strings, see `workers/sources.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import tarfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from space.registry import unknown_name
+import numpy as np
+
+from space.randomness import stream
+from workers.sources import EXTENSIONS, Listing, Source, list_images, natural_key, parse_source
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TENTHS = np.array([0, 0, 0, 0, 2, 0, 0, 1, 0, 2])
+"""Which of train, val and test every tenth image goes to; spread, so that a class of two is already trained on."""
+TENTH_FOR_VAL = np.array([0, 0, 0, 0, 0, 0, 0, 1, 0, 0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,43 +37,118 @@ class ImageSample:
     """Image files in the source, damaged ones included."""
 
 
-@dataclass(frozen=True)
-class _Listing:
-    """The image files of a source, by name, with what is needed to read one."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DataSet:
+    """Labelled images, split into train, val and test.
 
-    names: tuple[str, ...]
-    sizes: tuple[int, ...]
-    read: Callable[[int], Any]
-    """Index of a name -> PIL image; raises whatever the damage makes it raise."""
-    crop: float = 0.875
-    """The share of the shorter side that the central crop keeps."""
-    damage: tuple[str, ...] = ()
-    """What is wrong with the source as a whole."""
+    An image is known by its position in `0..M-1`, the order of the source without its unusable images. Arrays are read-only.
+    """
+
+    source: str
+    img_size: int
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    """`(M,)` int64, positions in `classes`."""
+    train: np.ndarray
+    """`(n,)` int64, the images of the part in rising order; the three parts are disjoint."""
+    val: np.ndarray
+    test: np.ndarray
+    images: np.ndarray | None
+    """`(M, 3, H, W)` uint8, H = W = `img_size`; None if the set is streamed from its source."""
+    skipped: tuple[str, ...] = ()
+    """Damaged files by name; of a streamed set those found so far, by this process and those that reported to it."""
+    warnings: tuple[str, ...] = ()
+    """What a user should know: images without a class, copies across official splits, what was not looked for."""
+    names: tuple[str, ...] = ()
+    """`M` names, for messages."""
+    positions: np.ndarray | None = None
+    """`(M,)` int64, where the images of a streamed set lie in the listing of its source."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def load(self, indices: np.ndarray) -> np.ndarray:
+        """Images `(B, 3, H, W)` uint8, newly made: the central square at `img_size`."""
+        if self.images is not None:
+            return self.images[indices]
+        return np.stack([to_pixels(self.square(int(index))) for index in indices])
+
+    def square(self, index: int) -> Image:
+        """The central square of an image at `img_size`."""
+        image = self.open(index)
+        return image if self.images is not None else _square(image, self.img_size, self._listing.crop)
+
+    def open(self, index: int) -> Image:
+        """The RGB image as stored in the source of a streamed set, else at `img_size`.
+
+        A damaged file is recorded in `skipped`, and the next image of its class and part comes in its place.
+        """
+        if self.images is not None:
+            from PIL import Image
+
+            return Image.fromarray(np.ascontiguousarray(self.images[index].transpose(1, 2, 0)))
+        listing = self._listing
+        assert self.positions is not None, "a streamed set knows its positions"
+        for candidate in self._peers(index):
+            try:
+                return listing.read(int(self.positions[candidate]))
+            except MemoryError:
+                raise
+            except Exception:  # a decoder given a damaged file raises nearly anything
+                self.record_damage((self.name(candidate),))
+        label = self.classes[self.labels[index]]
+        raise ValueError(f"data {self.source!r}: every image of class {label!r} in the part of {self.name(index)} is damaged")
+
+    def record_damage(self, names: tuple[str, ...]) -> None:
+        """Add damaged files to `skipped`, each once."""
+        new = tuple(name for name in names if name not in self.skipped)
+        # The one thing that a streamed set learns late.
+        object.__setattr__(self, "skipped", self.skipped + new)
+
+    def _peers(self, index: int):
+        """The image, then those of its part and class that follow it, around the end."""
+        yield index
+        part = next(part for part in (self.train, self.val, self.test) if part[min(np.searchsorted(part, index), len(part) - 1)] == index)
+        peers = part[self.labels[part] == self.labels[index]]
+        start = int(np.searchsorted(peers, index))
+        yield from (int(peer) for peer in np.roll(peers, -start)[1:])
+
+    @cached_property
+    def _listing(self) -> Listing:
+        source = parse_source(self.source)
+        listing = list_images(source, source.stamp)
+        assert self.positions is not None, "a streamed set knows its positions"
+        if len(listing.names) <= self.positions[-1] or any(
+            listing.names[position] != name for position, name in zip(self.positions, self.names, strict=True)
+        ):
+            raise ValueError(f"data {self.source!r} has other files than when the data set was made of it")
+        return listing
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_listing"}
 
 
 def check_source(source: str, *, num_images: int = 1) -> str:
-    """The source with its path made absolute; raises ValueError in one line if it is not one or holds too few images."""
-    scheme, path = _split(source)
-    if scheme == "digits":
-        return source
-    num_available = len(_list_images(scheme, path, _stamp(path)).names)
+    """The source with its paths made absolute; raises ValueError in one line if it is not one or holds too few images."""
+    place = parse_source(source)
+    num_available = len(list_images(place, place.stamp).names)
     if num_available < num_images:
         holds = f"holds {num_available} image files, {num_images} are needed" if num_available else "holds no image file"
-        raise ValueError(f"data {source!r}: {path} {holds} ({', '.join(EXTENSIONS)})")
-    return f"{scheme}:{path}"
+        raise ValueError(f"data {source!r}: {', '.join(map(str, place.paths)) or source} {holds} ({', '.join(EXTENSIONS)})")
+    return str(place)
 
 
 def fingerprint(source: str) -> str:
     """The identity of the data: `digits`, or the scheme and 16 hex digits over the names and sizes of the image files."""
-    scheme, path = _split(source)
-    if scheme == "digits":
+    place = parse_source(source)
+    if place.scheme == "digits":
         return source
     # Read anew: a stamp does not see a change in a subfolder, and this is what tells measurements on changed data apart.
-    listing = _list_images.__wrapped__(scheme, path, _stamp(path))
-    digest = hashlib.sha256()
-    for name, size in zip(listing.names, listing.sizes, strict=True):
-        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-    return f"{scheme}-{digest.hexdigest()[:16]}"
+    return f"{place.scheme}-{list_images.__wrapped__(place, place.stamp).fingerprint}"
 
 
 def load_images(source: str, *, img_size: int, num_images: int, seed: int) -> ImageSample:
@@ -84,23 +156,22 @@ def load_images(source: str, *, img_size: int, num_images: int, seed: int) -> Im
 
     A damaged file is skipped, named, and replaced by the next one drawn. Raises ValueError if too few are left.
     """
-    scheme, path = _split(source)
-    return _load(scheme, path, _stamp(path), img_size, num_images, seed)
+    place = parse_source(source)
+    return _load_images(place, place.stamp, img_size, num_images, seed)
 
 
 @lru_cache(maxsize=8)
-def _load(scheme: str, path: Path | None, stamp: tuple[int, int], img_size: int, num_images: int, seed: int) -> ImageSample:
-    import numpy as np
+def _load_images(source: Source, stamp: tuple[tuple[int, int], ...], img_size: int, num_images: int, seed: int) -> ImageSample:
     import torch
 
-    listing = _list_images(scheme, path, stamp)
+    listing = list_images(source, stamp)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     images, skipped = [], list(listing.damage)
     for index in np.random.default_rng(seed).permutation(len(listing.names)):
         if len(images) == num_images:
             break
         try:
-            image = _resize(listing.read(int(index)), img_size, listing.crop)
+            image = _central_square(listing.read(int(index)), img_size, listing.crop)
         except MemoryError:
             raise
         except Exception:  # a decoder given a damaged file raises nearly anything
@@ -109,107 +180,175 @@ def _load(scheme: str, path: Path | None, stamp: tuple[int, int], img_size: int,
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
         images.append((pixels - mean) / std)
     if len(images) < num_images:
-        damaged = f" beside {len(skipped)} damaged ({', '.join(skipped[:3])}{', ...' if len(skipped) > 3 else ''})" if skipped else ""
-        where = scheme if path is None else f"{scheme}:{path}"
-        raise ValueError(f"data {where!r} holds {len(images)} readable images{damaged}; {num_images} are needed")
+        damaged = f" beside {len(skipped)} damaged ({_some(skipped)})" if skipped else ""
+        raise ValueError(f"data '{source}' holds {len(images)} readable images{damaged}; {num_images} are needed")
     return ImageSample(images=torch.stack(images), skipped=tuple(skipped), num_available=len(listing.names))
 
 
-def _split(source: str) -> tuple[str, Path | None]:
-    scheme, _, text = source.partition(":")
-    if source == "digits":
-        return scheme, None
-    if scheme not in ("folder", "tar"):
-        if Path(source).exists():
-            kind = "folder" if Path(source).is_dir() else "tar"
-            raise ValueError(f"data {source!r} is a path without its kind; write '{kind}:{source}'")
-        raise unknown_name("data source", scheme, ("digits", "folder:PATH", "tar:PATH"))
-    if not text:
-        raise ValueError(f"data {source!r} lacks its path; write '{scheme}:PATH'")
-    path = Path(os.path.abspath(Path(text).expanduser()))
-    if not path.exists():
-        raise ValueError(f"data {source!r}: {path} does not exist")
-    if scheme == "folder" and not path.is_dir():
-        raise ValueError(f"data {source!r}: {path} is not a folder; for an archive write 'tar:PATH'")
-    if scheme == "tar" and not path.is_file():
-        raise ValueError(f"data {source!r}: {path} is not a file; for a folder write 'folder:PATH'")
-    return scheme, path
+def load_dataset(source: str, *, img_size: int, memory_mb: int = 2000) -> DataSet:
+    """The data set of a source: official splits where it has them, else 70 % train, 10 % val, 20 % test of each class.
+
+    It depends on the contents of the source alone. A set of at most `memory_mb` at `img_size` is decoded once and kept, a
+    larger one is streamed. Without an official val it is a tenth of train; without an official test, val is the test.
+    Identical images of a set in memory come into one part where the split is ours. Raises ValueError, saying why, if the set
+    cannot be used: no images or labels, labels out of range, fewer than two classes, an empty part.
+    """
+    place = parse_source(source)
+    return _load_dataset(place, place.stamp, img_size, memory_mb)
 
 
-def _stamp(path: Path | None) -> tuple[int, int]:
-    """Changes when an archive is rewritten or a folder's own entries change, so that a reused worker reads it anew."""
-    if path is None:
-        return 0, 0
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
+@lru_cache(maxsize=2)
+def _load_dataset(source: Source, stamp: tuple[tuple[int, int], ...], img_size: int, memory_mb: int) -> DataSet:
+    listing = list_images(source, stamp)
+    where = f"data '{source}'"
+    positions = np.flatnonzero([name is not None for name in listing.classes])
+    warnings = list(listing.notes)
+    if not len(listing.names):
+        raise ValueError(f"{where} holds no image file ({', '.join(EXTENSIONS)})")
+    if len(positions) < len(listing.names):
+        unlabelled = [name for name, label in zip(listing.names, listing.classes, strict=True) if label is None]
+        if not len(positions):
+            raise ValueError(f"{where} has no labels: {_some(unlabelled)} lie in no class folder and have no label of their own")
+        warnings.append(f"{len(unlabelled)} images without a class are left out: {_some(unlabelled)}")
+    found = {name for name in listing.classes if name is not None}
+    classes: tuple[str, ...] = listing.class_names or tuple(sorted(found, key=lambda name: (natural_key(name), name)))
 
+    images: np.ndarray | None = None
+    skipped = listing.damage
+    contents = positions
+    if len(positions) * 3 * img_size**2 <= memory_mb * 10**6:
+        images, contents, intact = _decode(listing, positions, img_size)
+        skipped += tuple(listing.names[position] for position in positions[~intact])
+        if not intact.any():
+            raise ValueError(f"{where}: none of its {len(positions)} images can be read ({_some(skipped)})")
+        images, contents, positions = images[: intact.sum()], contents[intact], positions[intact]
+    elif not listing.streams:
+        needed_mb = -(-len(positions) * 3 * img_size**2 // 10**6)
+        raise ValueError(f"{where} takes {needed_mb} MB in memory, {memory_mb} are allowed; it is compressed: unpack it and it is streamed")
+    else:
+        warnings.append("the set is streamed: identical images were not looked for, as that would take reading all of it")
 
-@lru_cache(maxsize=4)
-def _list_images(scheme: str, path: Path | None, stamp: tuple[int, int]) -> _Listing:
-    if path is None:
-        return _list_digits()
-    return _list_folder(path) if scheme == "folder" else _list_tar(path)
-
-
-def _list_digits() -> _Listing:
-    import numpy as np
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits: Any = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    names = tuple(f"digit {index}" for index in range(len(pixels)))
-    return _Listing(names, (64,) * len(names), lambda index: Image.fromarray(pixels[index]), crop=1.0)
-
-
-def _list_folder(path: Path) -> _Listing:
-    found = sorted((file.relative_to(path).as_posix(), file.stat().st_size) for file in _image_files(path))
-
-    def read(index: int) -> Any:
-        from PIL import Image
-
-        with Image.open(path / names[index]) as image:
-            return image.convert("RGB")
-
-    names, sizes = (tuple(column) for column in zip(*found, strict=True)) if found else ((), ())
-    return _Listing(names, sizes, read)
-
-
-def _image_files(path: Path) -> Iterator[Path]:
-    for root, _, files in os.walk(path, followlinks=True):
-        for name in files:
-            file = Path(root, name)
-            # A dangling link has no size; it is not there.
-            if file.suffix.lower() in EXTENSIONS and file.is_file():
-                yield file
-
-
-def _list_tar(path: Path) -> _Listing:
-    members: dict[str, tarfile.TarInfo] = {}
-    last, damage = None, ()
+    number = {name: index for index, name in enumerate(classes)}
+    labels = np.array([number[str(listing.classes[position])] for position in positions], dtype=np.int64)
+    if len(np.unique(labels)) < 2:
+        raise ValueError(f"{where} has intact images of one class only, {classes[labels[0]]!r}; two are needed")
+    official = np.array([listing.parts[position] for position in positions]) if listing.parts else None
+    _, copies = np.unique(contents, return_inverse=True)
     try:
-        with tarfile.open(path) as archive:
-            for last in archive:
-                if last.isfile() and Path(last.name).suffix.lower() in EXTENSIONS:
-                    members[last.name] = last
-    except (tarfile.TarError, EOFError, OSError) as error:
-        if last is None:
-            raise ValueError(f"data 'tar:{path}': {path} is not a tar archive") from error
-        damage = (f"{path.name}: cut off or damaged after {last.name!r}",)
-    names = tuple(sorted(members))
+        parts = split_dataset(labels, copies, official)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if unseen := set(range(len(classes))) - set(labels[parts[0]].tolist()):
+        warnings.append(f"{len(unseen)} classes have no image in train: {_some([classes[index] for index in sorted(unseen)])}")
+    names = tuple(listing.names[position] for position in positions)
+    if leaked := _shared_copies(copies, parts):
+        warnings.append(f"{len(leaked)} images of val or test are also in an earlier part: {_some([names[index] for index in leaked])}")
+    arrays = [labels, *parts, positions, *([] if images is None else [images])]
+    for array in arrays:
+        array.flags.writeable = False
+    train, val, test = parts
+    return DataSet(
+        source=str(source),
+        img_size=img_size,
+        classes=classes,
+        labels=labels,
+        train=train,
+        val=val,
+        test=test,
+        images=images,
+        skipped=skipped,
+        warnings=tuple(warnings),
+        names=names,
+        positions=positions if images is None else None,
+    )
 
-    def read(index: int) -> Any:
-        from PIL import Image
 
-        with tarfile.open(path) as archive:
-            file = archive.extractfile(members[names[index]])
-            assert file is not None, "only regular files are listed"
-            return Image.open(file).convert("RGB")
+def split_dataset(labels: np.ndarray, copies: np.ndarray, official: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    """The positions of train, val and test, from labels, numbers of identical images and official parts, all `(M,)`.
 
-    return _Listing(names, tuple(members[name].size for name in names), read, damage=damage)
+    Raises ValueError if a part is empty.
+    """
+    has = set() if official is None else set(official.tolist())
+    if official is not None and has != {"train"}:
+        if "train" not in has:
+            raise ValueError(f"there is an official {' and '.join(sorted(has))} but no train")
+        train = np.flatnonzero(official == "train")
+        test = np.flatnonzero(official == ("test" if "test" in has else "val"))
+        if has == {"train", "val", "test"}:
+            parts = (train, np.flatnonzero(official == "val"), test)
+        else:
+            is_val = _stratify(labels[train], copies[train], TENTH_FOR_VAL) == 1
+            parts = (train[~is_val], train[is_val], test)
+    else:
+        number = _stratify(labels, copies, TENTHS)
+        parts = tuple(np.flatnonzero(number == part) for part in range(3))
+    for name, part in zip(("train", "val", "test"), parts, strict=True):
+        if not len(part):
+            raise ValueError(f"{len(labels)} images in {len(np.unique(labels))} classes are too few for a split: {name} is empty")
+    return parts
 
 
-def _resize(image: Any, img_size: int, crop: float) -> Any:
+def _stratify(labels: np.ndarray, copies: np.ndarray, tenths: np.ndarray) -> np.ndarray:
+    """The part `(M,)` of each image, of each class in proportion, copies together.
+
+    The images, shuffled within classes and one class after the other, are dealt out in turns of ten. Copies of an image follow
+    the first of them. The only image of a class goes to train.
+    """
+    _, leaders, group = np.unique(copies, return_index=True, return_inverse=True)
+    keys = np.random.default_rng(stream("split", 0)).random(len(labels))[leaders]
+    order = np.lexsort((keys, labels[leaders]))
+    dealt = order[np.bincount(labels)[labels[leaders[order]]] > 1]
+    part = np.zeros(len(leaders), dtype=np.int64)
+    part[dealt] = tenths[np.arange(len(dealt)) % 10]
+    return part[group]
+
+
+def _shared_copies(copies: np.ndarray, parts: tuple[np.ndarray, ...]) -> list[int]:
+    """The images of val and test that have a copy in a part before theirs."""
+    leaked: list[int] = []
+    earlier = copies[parts[0]]
+    for part in parts[1:]:
+        leaked += part[np.isin(copies[part], earlier)].tolist()
+        earlier = np.concatenate((earlier, copies[part]))
+    return leaked
+
+
+def _decode(listing: Listing, positions: np.ndarray, img_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images `(M, 3, H, W)` uint8 with the intact ones in front, a digest of the original pixels `(M,)`, which are intact `(M,)`."""
+    images = np.empty((len(positions), 3, img_size, img_size), dtype=np.uint8)
+    contents = np.zeros(len(positions), dtype="S16")
+    intact = np.zeros(len(positions), dtype=bool)
+    rank = np.full(len(listing.names), -1)
+    rank[positions] = np.arange(len(positions))
+    for position in listing.storage_order if listing.storage_order is not None else range(len(listing.names)):
+        index = rank[position]
+        if index < 0:
+            continue
+        try:
+            image = listing.read(position).convert("RGB")
+            images[index] = to_pixels(_square(image, img_size, listing.crop))
+        except MemoryError:
+            raise
+        except Exception:  # a decoder given a damaged file raises nearly anything
+            continue
+        contents[index] = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).digest()
+        intact[index] = True
+    if not intact.all():
+        images[: intact.sum()] = images[intact]
+    return images, contents, intact
+
+
+def to_pixels(image: Image) -> np.ndarray:
+    """`(3, H, W)` uint8 of an RGB image."""
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _square(image: Image, img_size: int, crop: float) -> Image:
+    """The central square, cropped to no fewer pixels than `img_size` where the image has them, so that none are invented."""
+    return _central_square(image, img_size, max(crop, min(1.0, img_size / min(image.size))))
+
+
+def _central_square(image: Image, img_size: int, crop: float) -> Image:
     """The central square of an image, resized by bicubic interpolation; RGB, img_size x img_size pixels."""
     from PIL import Image
 
@@ -217,3 +356,7 @@ def _resize(image: Any, img_size: int, crop: float) -> Any:
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
     return image.convert("RGB").resize((img_size, img_size), Image.Resampling.BICUBIC, box=box)
+
+
+def _some(names) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -26,7 +26,6 @@ network), in both modes: candidates that differ in one stage share every other t
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -40,9 +39,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from results.records import Metric
+from space.model import Model, require_arch
+from space.randomness import stream
 from space.registry import SpecError
-from space.spec import ArchSpec
-from space.vit import VisionTransformer, build, initialize
+from space.vit import VisionTransformer, build, initialize_by_path
 from workers.data import load_images
 from workers.evaluator import Context, EvaluationError, evaluator
 
@@ -159,11 +159,12 @@ def draw_weights(model: VisionTransformer, seed: int, repeat: int, *, share_conv
 
     With `share_convolutions` those are the same in all repeats.
     """
-    # Inner modules first, as in `initialize`: a component may overrule what its layers were given.
-    for name, module in reversed(list(model.named_modules())):
-        if hasattr(module, "init_weights") or next(module.parameters(recurse=False), None) is not None:
-            is_shared = share_convolutions and isinstance(module, nn.Conv2d)
-            initialize(module, _generator(seed, 0 if is_shared else repeat, name))
+
+    def generator_of(path: str, module: nn.Module) -> torch.Generator:
+        is_shared = share_convolutions and isinstance(module, nn.Conv2d)
+        return _generator(seed, 0 if is_shared else repeat, path)
+
+    initialize_by_path(model, generator_of)
 
 
 def draw_circle(seed: int, repeat: int, img_size: int) -> Circle:
@@ -194,10 +195,11 @@ def draw_angles(settings: AsVitSettings) -> Tensor:
     uses_data=True,
     memory_mb=1200,
 )
-def as_vit(model: ArchSpec, context: Context, settings: AsVitSettings) -> Mapping[str, float]:
+def as_vit(model: Model, context: Context, settings: AsVitSettings) -> Mapping[str, float]:
     """Training-free scores of As-ViT: expected length distortion and NTK condition number."""
     if model.in_chans != 3:
         raise SpecError(f"in_chans is {model.in_chans}; as_vit scores networks of colour images: 3")
+    model = require_arch(model, "as_vit")
     is_reference = settings.mode == "reference"
     skipped: dict[str, None] = {}
     scores: dict[str, list[float]] = {"length_distortion": [], "ntk_condition": []}
@@ -211,7 +213,7 @@ def as_vit(model: ArchSpec, context: Context, settings: AsVitSettings) -> Mappin
             context.data,
             img_size=model.img_size,
             num_images=settings.ntk_batch_size,
-            seed=_stream(context.seed, 0 if is_reference else repeat, "images"),
+            seed=stream(context.seed, 0 if is_reference else repeat, "images"),
         )
         skipped |= dict.fromkeys(sample.skipped)
         # On a GPU: no TensorFloat-32, which has three digits, and no kernel whose sums change from call to call.
@@ -244,10 +246,6 @@ def _standard_error(values: list[float]) -> float:
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
-def _stream(seed: int, repeat: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{repeat}/{name}".encode()).digest()[:8])
-
-
 def _generator(seed: int, repeat: int, name: str) -> torch.Generator:
     # Always on the CPU: the streams of a device differ from it, and a score should not depend on where it is taken.
-    return torch.Generator().manual_seed(_stream(seed, repeat, name))
+    return torch.Generator().manual_seed(stream(seed, repeat, name))

@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from results.records import Metric
 from space.cost import cost
-from space.spec import ArchSpec
-from space.vit import build
+from space.model import Model, build_model
 from workers.evaluator import Context, evaluator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,11 +61,11 @@ class ProfileSettings:
     is_deterministic=False,
     memory_mb=2000,
 )
-def profile(model: ArchSpec, context: Context, settings: ProfileSettings) -> Mapping[str, float]:
+def profile(model: Model, context: Context, settings: ProfileSettings) -> Mapping[str, float]:
     """Latency, throughput and peak memory on the device at hand, with parameters and MACs."""
     counted = cost(model)
     device, dtype = torch.device(context.device), DTYPES[settings.precision]
-    network = build(model, generator=torch.Generator().manual_seed(context.seed)).eval().to(device, dtype)
+    network = build_model(model, seed=context.seed).eval().to(device, dtype)
     size = (settings.batch_size, model.in_chans, model.img_size, model.img_size)
     images = torch.randn(size, generator=torch.Generator().manual_seed(context.seed)).to(device, dtype)
     with torch.inference_mode():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from results.records import Metric
 from space.as_vit import length_distortion_closed_form
 from space.cost import cost as counts
-from space.spec import ArchSpec
+from space.model import Model, require_arch
 from workers.evaluator import Context, NoSettings, evaluator
 
 
@@ -21,7 +21,7 @@ from workers.evaluator import Context, NoSettings, evaluator
     is_free=True,
     memory_mb=0,
 )
-def cost(model: ArchSpec, context: Context, settings: NoSettings) -> Mapping[str, float]:
+def cost(model: Model, context: Context, settings: NoSettings) -> Mapping[str, float]:
     """Parameters, MACs and depth by exact arithmetic, without building the network."""
     counted = counts(model)
     return {"params_m": counted.params / 1e6, "gmacs": counted.macs / 1e9, "depth": model.depth}
@@ -34,6 +34,6 @@ def cost(model: ArchSpec, context: Context, settings: NoSettings) -> Mapping[str
     is_free=True,
     memory_mb=0,
 )
-def as_vit_closed_form(model: ArchSpec, context: Context, settings: NoSettings) -> Mapping[str, float]:
+def as_vit_closed_form(model: Model, context: Context, settings: NoSettings) -> Mapping[str, float]:
     """As-ViT's length distortion by formula: the mean speed that evaluator as_vit measures in its default mode."""
-    return {"closed_form": length_distortion_closed_form(model, num_angles=1)}
+    return {"closed_form": length_distortion_closed_form(require_arch(model, "as_vit_closed_form"), num_angles=1)}

@@ -1,0 +1,93 @@
+"""Checkpoints: whole or not there, the last two, and damage noticed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from space.model import build_model
+from workers.checkpoints import latest_checkpoint, load_model, remove_checkpoints, save_checkpoint, save_model
+
+
+def must_not_warn(message: str) -> None:
+    raise AssertionError(message)
+
+
+def test_the_newest_of_several_is_loaded(tmp_path):
+    for step in (1, 2, 10):
+        path = save_checkpoint(tmp_path, step, {"step": step, "weights": torch.full((3,), float(step))})
+    found = latest_checkpoint(tmp_path, must_not_warn)
+    assert found is not None
+    assert found[0] == path
+    assert found[1]["step"] == 10
+    assert found[1]["weights"].tolist() == [10.0] * 3
+
+
+def test_the_last_two_are_kept(tmp_path):
+    for step in range(5):
+        save_checkpoint(tmp_path, step, {"step": step})
+    assert sorted(path.name.split("-")[1] for path in tmp_path.iterdir()) == ["00000003", "00000004"]
+
+
+@given(position=st.integers(0, 10_000), change=st.integers(1, 255))
+def test_one_damaged_byte_anywhere_sends_back_to_the_checkpoint_before(tmp_path_factory, position, change):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    save_checkpoint(folder, 1, {"step": 1})
+    newest = save_checkpoint(folder, 2, {"step": 2, "weights": torch.arange(100.0)})
+    contents = bytearray(newest.read_bytes())
+    contents[position % len(contents)] ^= change
+    newest.write_bytes(bytes(contents))
+    warnings: list[str] = []
+    found = latest_checkpoint(folder, warnings.append)
+    assert found is not None
+    assert found[1]["step"] == 1
+    assert len(warnings) == 1
+    assert newest.name in warnings[0]
+
+
+def test_a_checkpoint_cut_off_is_damaged(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"weights": torch.arange(100.0)})
+    path.write_bytes(path.read_bytes()[:-10])
+    warnings: list[str] = []
+    assert latest_checkpoint(tmp_path, warnings.append) is None
+    assert "damaged" in warnings[0]
+
+
+def test_what_a_killed_process_left_half_written_is_not_a_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, 1, {"step": 1})
+    (tmp_path / ".writing-abc").write_bytes(b"half")
+    found = latest_checkpoint(tmp_path, must_not_warn)
+    assert found is not None
+    assert found[1]["step"] == 1
+    assert [path.name.split("-")[0] for path in tmp_path.iterdir()] == ["step"]
+
+
+def test_a_state_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    with pytest.raises(AttributeError, match="pickle"):
+        save_checkpoint(tmp_path, 1, {"function": lambda: None})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_hold_no_code(tmp_path):
+    """`weights_only` refuses to load what could run something."""
+    save_checkpoint(tmp_path, 1, {"path": tmp_path})
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):
+        latest_checkpoint(tmp_path, must_not_warn)
+
+
+def test_removed_checkpoints_are_gone_and_nothing_else_is(tmp_path):
+    save_checkpoint(tmp_path, 1, {})
+    (tmp_path / "notes.txt").write_text("mine")
+    remove_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_stored_model_gives_the_same_logits(tmp_path, tiny_vit):
+    network = build_model(tiny_vit, seed=3).eval()
+    save_model(tmp_path / "model.pt", network, tiny_vit)
+    loaded, model = load_model(tmp_path / "model.pt")
+    assert model == tiny_vit
+    images = torch.randn(2, 3, tiny_vit.img_size, tiny_vit.img_size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded(images), network(images))

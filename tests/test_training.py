@@ -1,0 +1,314 @@
+"""Training: a pure function of model, recipe and data, whatever interrupts it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from space.model import build_model
+from space.recipe import Recipe
+from space.registry import SpecError
+from space.spec import Component
+from workers import training as training_module
+from workers.data import load_dataset
+from workers.evaluator import Context, EvaluationError, evaluators
+from workers.evaluators.short_train import ShortTrainSettings, short_train
+from workers.inference import predict, top1_pct
+from workers.training import make_optimizer, make_schedule, train
+
+QUICK = Recipe(epochs=2, batch_size=256, lr=2e-3, warmup_epochs=1, flip=False)
+THOROUGH = Recipe(epochs=12, batch_size=64, lr=1e-2, warmup_epochs=1, flip=False, crop="none", label_smoothing=0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits(tiny_vit):
+    return load_dataset("digits", img_size=tiny_vit.img_size)
+
+
+def bits(network) -> bytes:
+    return b"".join(tensor.detach().numpy().tobytes() for tensor in network.state_dict().values())
+
+
+def bits_of(model, recipe, dataset, workdir, **how) -> bytes:
+    return bits(train(model, recipe, dataset, workdir=workdir, **how).network)
+
+
+def test_a_network_learns_the_digits(tiny_vit, digits, tmp_path):
+    trained = train(tiny_vit, THOROUGH, digits, workdir=tmp_path)
+    logits = predict(trained.network, digits, digits.test, device="cpu")
+    assert top1_pct(logits, digits.labels[digits.test]) > 60
+
+
+def test_equal_trainings_have_equal_bits_and_other_seeds_have_others(tiny_vit, digits, tmp_path):
+    first, again, other = (
+        bits_of(tiny_vit, replace(QUICK, seed=seed), digits, tmp_path / name) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first == again
+    assert first != other
+
+
+VARIANTS = {
+    "plain": {},
+    "lion": {"optimizer": "lion"},
+    "lamb": {"optimizer": "lamb"},
+    "sgd": {"optimizer": "sgd"},
+    "average": {"ema_decay": 0.9},
+    "drop_path": {"drop_path": 0.2},
+    "accumulation": {"num_accumulation": 2},
+    "mixpro": {"mixing": "mixpro"},
+    "mixup_cutmix": {"mixing": "mixup_cutmix"},
+    "randaugment": {"randaugment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25, "crop": "resized"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopped_after_any_step_and_resumed_it_ends_with_the_same_bits(tiny_vit, digits, tmp_path, monkeypatch, variant):
+    """Whatever the recipe holds, a checkpoint holds all that the rest of the training depends on."""
+    recipe = replace(QUICK, **VARIANTS[variant])
+    uninterrupted = bits_of(tiny_vit, recipe, digits, tmp_path / "uninterrupted")
+    save = training_module.save_checkpoint
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    workdir = tmp_path / "interrupted"
+    num_stops = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module, "save_checkpoint", save_and_stop)
+        while True:
+            try:
+                # Time goes into checkpoints here: every step is written, and ends the process that took it.
+                resumed = bits_of(tiny_vit, recipe, digits, workdir, checkpoint_every_s=0)
+            except KeyboardInterrupt:
+                num_stops += 1
+            else:
+                break
+    assert num_stops == 2 * (len(digits.train) // 256) - 1
+    assert resumed == uninterrupted
+
+
+TRAIN_IN_A_PROCESS = """
+import sys
+import torch
+from pathlib import Path
+from space.recipe import Recipe
+from space.catalog import resolve
+from workers.checkpoints import save_model
+from workers.data import load_dataset
+from workers.training import train
+
+torch.set_num_threads(1)
+workdir = Path(sys.argv[1])
+model = resolve("vit_digits")
+dataset = load_dataset("digits", img_size=model.img_size)
+recipe = Recipe(epochs=3, batch_size=128, mixing="mixpro", drop_path=0.1, ema_decay=0.9, flip=False)
+trained = train(model, recipe, dataset, workdir=workdir, checkpoint_every_s=0)
+torch.save(trained.network.state_dict(), workdir / "end.pt")
+"""
+
+
+def start(workdir):
+    command = [sys.executable, "-c", TRAIN_IN_A_PROCESS, str(workdir)]
+    return subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_killed_with_kill_9_and_resumed_it_ends_with_the_same_bits(tmp_path):
+    for name in ("uninterrupted", "killed"):
+        (tmp_path / name).mkdir()
+    whole = start(tmp_path / "uninterrupted")
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    generator = random.Random(0)
+    for kill_after in (1, 12, 20):
+        process = start(tmp_path / "killed")
+        while process.poll() is None and not any(int(path.name.split("-")[1]) >= kill_after for path in checkpoints.glob("step-*.pt")):
+            time.sleep(0.005)
+        assert process.poll() is None, "it ended before it could be killed"
+        # Anywhere in a step, in the middle of a write or between two.
+        time.sleep(generator.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(tmp_path / "killed").wait() == 0
+    assert whole.wait() == 0
+    ends = [torch.load(tmp_path / name / "end.pt", weights_only=True) for name in ("uninterrupted", "killed")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_a_damaged_checkpoint_costs_a_step_and_no_bit(tiny_vit, digits, tmp_path, monkeypatch):
+    uninterrupted = bits_of(tiny_vit, QUICK, digits, tmp_path / "whole")
+    save, workdir = training_module.save_checkpoint, tmp_path / "damaged"
+
+    def save_and_stop_at_3(folder, step, state):
+        path = save(folder, step, state)
+        if step == 3:
+            path.write_bytes(path.read_bytes()[:-1])
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module, "save_checkpoint", save_and_stop_at_3)
+        with pytest.raises(KeyboardInterrupt):
+            bits_of(tiny_vit, QUICK, digits, workdir, checkpoint_every_s=0)
+    warnings: list[str] = []
+    assert bits_of(tiny_vit, QUICK, digits, workdir, warn=warnings.append) == uninterrupted
+    assert len(warnings) == 1
+    assert "damaged" in warnings[0]
+
+
+def test_a_checkpoint_of_another_recipe_is_not_used(tiny_vit, digits, tmp_path, monkeypatch):
+    save = training_module.save_checkpoint
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module, "save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            bits_of(tiny_vit, QUICK, digits, tmp_path / "a", checkpoint_every_s=0)
+    warnings: list[str] = []
+    other = replace(QUICK, seed=1)
+    assert bits_of(tiny_vit, other, digits, tmp_path / "a", warn=warnings.append) == bits_of(tiny_vit, other, digits, tmp_path / "b")
+    assert "another training" in warnings[0]
+
+
+def test_training_leaves_the_global_generators_alone(tiny_vit, digits, tmp_path):
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
+    train(tiny_vit, replace(QUICK, epochs=1, mixing="mixup_cutmix", drop_path=0.1), digits, workdir=tmp_path)
+    assert states() == before
+
+
+def test_a_loss_that_is_not_finite_ends_it_and_names_the_step(tiny_vit, digits, tmp_path, monkeypatch):
+    cross_entropy = torch.nn.functional.cross_entropy
+    calls = []
+
+    def broken(*args, **kwargs):
+        calls.append(None)
+        return cross_entropy(*args, **kwargs) * (float("nan") if len(calls) > 6 else 1.0)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", broken)
+    words = r"not finite at step 6 \(epoch 2 of 2\); the last good checkpoint is .*step-00000006"
+    with pytest.raises(EvaluationError, match=words) as error:
+        train(tiny_vit, QUICK, digits, workdir=tmp_path, checkpoint_every_s=0)
+    assert error.value.kind == "non_finite"
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(tiny_vit, digits, tmp_path):
+    """Up to the order in which floats are summed: the same step in one part and in four."""
+    recipe = replace(QUICK, epochs=1, batch_size=len(digits.train) // 4 * 4, optimizer="sgd", lr=0.1)
+    whole, parts = (
+        train(tiny_vit, replace(recipe, num_accumulation=number), digits, workdir=tmp_path / str(number)).network.state_dict()
+        for number in (1, 4)
+    )
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
+
+
+def test_weight_decay_spares_norms_biases_positions_tokens_and_exponents(tiny_vit):
+    model = replace(tiny_vit, pooling=Component("ggem", groups=2))
+    network = build_model(model, seed=0)
+    recipe = Recipe(epochs=1, weight_decay=0.3, exponent_lr_scale=7.0)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    groups = make_optimizer(network, recipe).param_groups
+    decayed = {names[id(parameter)] for group in groups if group["weight_decay"] for parameter in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    assert decayed == {name for name in names.values() if name.endswith("weight") and "norm" not in name}
+    assert {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]} == {
+        name: 7.0 if name == "pooling.p" else 1.0 for name in names.values()
+    }
+
+
+def test_lion_divides_the_rate_and_multiplies_the_decay():
+    adamw = Recipe(epochs=1, lr=1e-3, weight_decay=0.05)
+    lion = replace(adamw, optimizer="lion", lion_scale=5.0)
+    assert (lion.optimizer_lr, lion.optimizer_weight_decay) == pytest.approx((2e-4, 0.25))
+    assert lion.optimizer_lr * lion.optimizer_weight_decay == pytest.approx(adamw.optimizer_lr * adamw.optimizer_weight_decay)
+
+
+def test_the_rate_warms_up_to_its_peak_and_falls_to_its_end():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    recipe = Recipe(epochs=10, lr=1.0, min_lr=0.01, warmup_epochs=2)
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = make_schedule(optimizer, recipe, steps_per_epoch=10)
+    rates = []
+    for step in range(100):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[20] == max(rates) == pytest.approx(1.0)
+    assert rates[60] == pytest.approx((1.0 + 0.01) / 2)
+    assert rates[:21] == sorted(rates[:21])
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[-1] == pytest.approx(0.01, abs=1e-3)
+
+
+def test_curves_and_progress_are_reported_once_per_epoch(tiny_vit, digits, tmp_path):
+    points: list[tuple[str, float, int]] = []
+    train(tiny_vit, QUICK, digits, workdir=tmp_path, report=lambda *point: points.append(point))
+    for name in ("train_loss", "val_top1_pct", "val_nll", "lr", "images_per_s", "data_wait_pct"):
+        assert [step for shown, _, step in points if shown == name] == [1, 2]
+    assert [value for name, value, _ in points if name == "progress"][-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "recipe", "words"),
+    [
+        ({"num_classes": 7}, QUICK, "7 classes, data 'digits' has 10"),
+        ({"in_chans": 1}, QUICK, "in_chans 1"),
+        ({"prefix": None, "pooling": Component("mean")}, replace(QUICK, mixing="transmix"), "class token"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_training(tiny_vit, digits, tmp_path, change, recipe, words):
+    with pytest.raises(SpecError, match=words):
+        train(replace(tiny_vit, **change), recipe, digits, workdir=tmp_path)
+
+
+def test_short_train_judges_the_network_it_stores_and_is_not_repeated(tiny_vit, digits, tmp_path):
+    from workers.checkpoints import load_model
+
+    context = Context(seed=0, dataset=digits, recipe=QUICK, workdir=tmp_path)
+    values = short_train(tiny_vit, context, ShortTrainSettings())
+    network, _ = load_model(tmp_path / "model.pt")
+    stored = np.load(tmp_path / "artifacts" / "predictions.npz")
+    assert stored["ids"].tolist() == digits.test.tolist()
+    assert np.array_equal(stored["logits"], predict(network, digits, digits.test, device="cpu"))
+    assert values["test_top1_pct"] == top1_pct(stored["logits"], stored["labels"])
+    assert not list((tmp_path / "checkpoints").glob("*"))
+    (tmp_path / "artifacts" / "predictions.npz").unlink()
+    assert short_train(tiny_vit, context, ShortTrainSettings()) == values
+    assert not (tmp_path / "artifacts" / "predictions.npz").exists(), "it was trained again"
+
+
+def test_short_train_without_a_recipe_says_what_is_missing(tiny_vit, digits, tmp_path):
+    with pytest.raises(SpecError, match="--recipe"):
+        short_train(tiny_vit, Context(seed=0, dataset=digits, workdir=tmp_path), evaluators.get("short_train").parse_settings({}))
+
+
+@pytest.mark.gpu
+def test_a_network_learns_the_digits_on_the_gpu(tiny_vit, digits, tmp_path):
+    from workers.training import Process
+
+    trained = train(tiny_vit, THOROUGH, digits, workdir=tmp_path, process=Process(device="cuda"))
+    logits = predict(trained.network, digits, digits.test, device="cuda")
+    assert top1_pct(logits, digits.labels[digits.test]) > 60

@@ -1,0 +1,126 @@
+"""Files of a training: checkpoints that survive `kill -9` at any moment, and the weights a finished training leaves.
+
+A checkpoint is `step-00001234-<16 hex digits>.pt`: written under another name, synced, and renamed when it is whole. The digits are
+the SHA-256 of its bytes, so name, contents and checksum appear in one step and a damaged file gives itself away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import nn
+
+from space.model import Model, build_model, model_from_json
+
+KEPT = 2
+UNFINISHED = ".writing-"
+CHECKPOINT = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
+
+
+class _Hashing:
+    """A file for `torch.save` that hashes what goes through it."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write the state after `step` steps and remove all but the last two; returns the new file."""
+    with _appearing_whole(folder) as (file, name_it):
+        hashing = _Hashing(file)
+        torch.save(state, cast("BinaryIO", hashing))
+        path = name_it(f"step-{step:08d}-{hashing.sha256.hexdigest()[:16]}.pt")
+    for old in _checkpoints(folder)[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, with its state on the CPU; None if there is none.
+
+    A damaged one is named to `warn`, set aside, and the one before it is used. For the one process that writes to `folder`, before
+    it writes: what a killed one left half-written is removed.
+    """
+    for unfinished in folder.glob(f"{UNFINISHED}*"):
+        unfinished.unlink()
+    for path in reversed(_checkpoints(folder)):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if path.stem.endswith(f"-{digest[:16]}"):
+            return path, torch.load(path, map_location="cpu", weights_only=True)
+        path.rename(path.with_name(f"damaged-{path.name}"))
+        warn(f"checkpoint {path} is damaged, its checksum differs: the one before it is used")
+    return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove every checkpoint of a training that needs none any more."""
+    for path in _checkpoints(folder):
+        path.unlink()
+
+
+def save_model(path: Path, network: nn.Module, model: Model) -> None:
+    """The weights of `network` with the spec of its architecture, in one file that appears only when it is whole."""
+    with _appearing_whole(path.parent) as (file, name_it):
+        torch.save({"spec": json.dumps(model.to_json()), "weights": network.state_dict()}, file)
+        name_it(path.name)
+
+
+def load_model(path: Path, device: str = "cpu") -> tuple[nn.Module, Model]:
+    """The network that `save_model` stored, in evaluation mode on `device`, and its spec."""
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    model = model_from_json(json.loads(stored["spec"]))
+    network = build_model(model, seed=0)
+    network.load_state_dict(stored["weights"])
+    return network.eval().to(device), model
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    found = ((CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("step-*.pt"))
+    return [path for _, path in sorted((int(match.group(1)), path) for match, path in found if match)]
+
+
+@contextmanager
+def _appearing_whole(folder: Path) -> Iterator[tuple[BinaryIO, Callable[[str], Path]]]:
+    """A file to write to and the function that, when it is written, gives it its name; without a name it is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=UNFINISHED)
+    with os.fdopen(handle, "wb") as file:
+
+        def name_it(name: str) -> Path:
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, folder / name)
+            _sync_folder(folder)
+            return folder / name
+
+        try:
+            yield file, name_it
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

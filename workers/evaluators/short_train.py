@@ -1,0 +1,101 @@
+"""Training for real: the trial's recipe on the trial's data, judged on images it never saw.
+
+Selection looks at the validation part; the test part is reported, at the last epoch, for the network that is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from results.records import Metric, write_bytes_atomically, write_json_atomically
+from space.model import Model
+from space.registry import SpecError
+from space.spec import digest_of
+from workers.checkpoints import remove_checkpoints, save_model
+from workers.distributed import train_in_processes
+from workers.evaluator import ARTIFACTS, Context, evaluator
+from workers.inference import mean_nll, predict, top1_pct
+from workers.training import Process, train
+
+WEIGHTS = "model.pt"
+PREDICTIONS = "predictions.npz"
+FINISHED = "trained.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortTrainSettings:
+    """How the training is run, not what it computes: the numbers are the same whatever stands here."""
+
+    checkpoint_every_s: float = 60.0
+    num_loader_workers: int = 0
+
+
+@evaluator(
+    "short_train",
+    metrics=(
+        Metric("val_top1_pct", "maximize", "validation accuracy at the last epoch: what a selection may look at"),
+        Metric("val_nll", "minimize", "validation negative log-likelihood, nats"),
+        Metric("test_top1_pct", "maximize", "test accuracy of the same network: what is reported"),
+        Metric("test_nll", "minimize", "test negative log-likelihood, nats"),
+        Metric("train_loss", "minimize", "mean training loss of the last epoch, mixing and smoothing included"),
+    ),
+    settings=ShortTrainSettings,
+    uses_data=True,
+    needs_dataset=True,
+    memory_mb=2000,
+)
+def short_train(model: Model, context: Context, settings: ShortTrainSettings) -> Mapping[str, float]:
+    """Train with the trial's recipe; leaves the weights, and the test logits of every image as an artifact."""
+    if context.recipe is None or context.dataset is None:
+        raise SpecError("short_train needs a recipe: --recipe epochs=20,batch_size=64 for one model, or a study that gives its trials one")
+    dataset, recipe = context.dataset, context.recipe
+    identity = digest_of([model.digest, recipe.to_json(), context.data])
+    if (values := _finished(context.workdir, identity)) is not None:
+        return values
+    for warning in dataset.warnings:
+        context.warn(warning)
+    if dataset.skipped:
+        named = ", ".join(dataset.skipped[:5]) + (", ..." if len(dataset.skipped) > 5 else "")
+        context.warn(f"data {context.data!r}: skipped as damaged ({len(dataset.skipped)}): {named}")
+    how = {"workdir": context.workdir, "report": context.report, "warn": context.warn, **dataclasses.asdict(settings)}
+    if context.processes > 1:
+        training = train_in_processes(model, recipe, dataset, num_processes=context.processes, device=context.device, **how)
+    else:
+        training = train(model, recipe, dataset, process=Process(device=context.device), **how)
+    logits = {part: predict(training.network, dataset, getattr(dataset, part), device=context.device) for part in ("val", "test")}
+    labels = {part: dataset.labels[getattr(dataset, part)] for part in logits}
+    write_predictions(context.workdir / ARTIFACTS / PREDICTIONS, dataset.test, labels["test"], logits["test"])
+    save_model(context.workdir / WEIGHTS, training.network, model)
+    values = {
+        "val_top1_pct": top1_pct(logits["val"], labels["val"]),
+        "val_nll": mean_nll(logits["val"], labels["val"]),
+        "test_top1_pct": top1_pct(logits["test"], labels["test"]),
+        "test_nll": mean_nll(logits["test"], labels["test"]),
+        "train_loss": training.train_loss,
+    }
+    write_json_atomically(context.workdir / FINISHED, {"identity": identity, "values": values})
+    remove_checkpoints(context.workdir / "checkpoints")
+    return values
+
+
+def write_predictions(path: Path, ids: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> None:
+    """Per-image results `ids (N,)`, `labels (N,)`, `logits (N, K)` float32, from which every statistic can be taken again."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, ids=ids, labels=labels, logits=logits.astype(np.float32))
+    write_bytes_atomically(path, buffer.getvalue())
+
+
+def _finished(workdir: Path, identity: str) -> Mapping[str, float] | None:
+    """What this training measured, if it had ended when its worker was lost in a later evaluator."""
+    try:
+        stored = json.loads((workdir / FINISHED).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return stored["values"] if stored["identity"] == identity and (workdir / WEIGHTS).exists() else None
