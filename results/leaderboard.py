@@ -18,18 +18,20 @@ import tempfile
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from results.paths import RunPaths, default_runs, sqlite_path
 from results.records import Metric
-from results.tracking import CURVE, check_tracking, mlflow_client, search_runs
+from results.tracking import CURVE, DESIGNS_TAG, check_tracking, mlflow_client, search_runs
 
 if TYPE_CHECKING:
     import pandas as pd
+    from mlflow import MlflowClient
     from mlflow.entities import Run
 
+    from results.study_effects import Effects
     from results.tracking import MlflowTracker
 
 TABLE_WIDTH = 120
@@ -74,7 +76,8 @@ class StudyResults:
     """All finished trials of a study, ranked.
 
     `frame` has a row per measurement; `objectives` the metrics that decide the rank in each phase, in the order the phases
-    ran; `num_failed` counts failures by phase and kind, `num_reused` the trials given an earlier measurement.
+    ran; `num_failed` counts failures by phase and kind, `num_reused` the trials given an earlier measurement. `effects` are
+    those of the study's designs, where it has any.
     """
 
     frame: pd.DataFrame
@@ -82,6 +85,7 @@ class StudyResults:
     num_failed: Mapping[str, Mapping[str, int]]
     num_reused: Mapping[str, int]
     provenance: Provenance
+    effects: tuple[Effects, ...] = ()
 
     @property
     def phases(self) -> list[str]:
@@ -114,7 +118,7 @@ class StudyResults:
 
 def load(uri: str, study: str) -> pd.DataFrame:
     """All finished trials of the study; see `load_results`."""
-    return load_results(uri, study).frame
+    return _results(_runs(_client(uri), uri, study), study, uri).frame
 
 
 def load_results(uri: str, study: str) -> StudyResults:
@@ -122,6 +126,18 @@ def load_results(uri: str, study: str) -> StudyResults:
 
     Raises LeaderboardError if the store or the study does not exist; never creates a store.
     """
+    client = _client(uri)
+    runs = _runs(client, uri, study)
+    results = _results(runs, study, uri)
+    parents = [run for run in runs if run.data.tags["kind"] == "invocation"]
+    if not any(DESIGNS_TAG in run.data.tags for run in parents):
+        return results
+    from results.study_effects import load_effects
+
+    return replace(results, effects=load_effects(client, parents, [run for run in runs if run.data.tags["kind"] == "trial"]))
+
+
+def _client(uri: str) -> MlflowClient:
     path = sqlite_path(uri)
     if path is not None and not path.exists():
         raise LeaderboardError(f"no MLflow store at {path}; run a study first, or name another place with --runs or --tracking-uri")
@@ -129,7 +145,11 @@ def load_results(uri: str, study: str) -> StudyResults:
         check_tracking(uri)
     except ValueError as error:
         raise LeaderboardError(str(error)) from error
-    client = mlflow_client(uri)
+    return mlflow_client(uri)
+
+
+def _runs(client: MlflowClient, uri: str, study: str) -> list[Run]:
+    """The study's runs of trials and invocations, in the order they began."""
     experiment = client.get_experiment_by_name(study)
     if experiment is None:
         names = sorted(found.name for found in client.search_experiments() if found.name != "Default")
@@ -138,7 +158,7 @@ def load_results(uri: str, study: str) -> StudyResults:
         raise LeaderboardError(f"no study {study!r} in {uri}{hint}; studies there: {', '.join(names) or 'none'}")
     runs = search_runs(client, [experiment.experiment_id])
     runs.sort(key=lambda run: run.info.start_time)
-    return _results([run for run in runs if run.data.tags.get("kind") in ("trial", "invocation")], study, uri)
+    return [run for run in runs if run.data.tags.get("kind") in ("trial", "invocation")]
 
 
 def _results(runs: Sequence[Run], study: str, uri: str) -> StudyResults:
@@ -177,13 +197,14 @@ def _results(runs: Sequence[Run], study: str, uri: str) -> StudyResults:
 
 
 def _first_measurements(finished: Sequence[Run]) -> tuple[list[Run], Counter[str]]:
-    """The earliest trial of each network measured in a phase under a seed, and how many others were left out."""
+    """The earliest trial of each network measured in a phase under a recipe and a seed, and how many others were left out."""
     first: dict[tuple[Any, ...], Run] = {}
     left_out: Counter[str] = Counter()
     # A trial that was itself given its measurement comes after all that were not, whatever its number.
     for run in sorted(finished, key=lambda run: ("reused_from" in run.data.tags, int(run.data.tags["trial"]))):
         tags = run.data.tags
-        key = (tags["phase"], tags["digest"], tags.get("proxy_digest"), json.loads(tags["circumstances"])["seed"])
+        digests = (tags["digest"], tags.get("proxy_digest"), tags.get("recipe_digest"))
+        key = (tags["phase"], *digests, json.loads(tags["circumstances"])["seed"])
         if key in first:
             left_out[tags["phase"]] += 1
         first.setdefault(key, run)
@@ -341,6 +362,10 @@ def attach_leaderboard(tracker: MlflowTracker) -> StudyResults:
         write_csv(results, files[0])
         write_html(results, files[1])
         write_png(results, files[2])
+        if results.effects:
+            from results.study_effects import write_files
+
+            files += write_files(results.effects, Path(folder), tracker.study)
         tracker.attach(description=markdown(results), files=files)
     return results
 
@@ -358,6 +383,8 @@ def markdown(results: StudyResults, top: int = 5) -> str:
             cells = [f"{row['rank']}{'*' if row['is_front'] else ''}", label, f"`{row['digest'][:SHORT_DIGEST]}`"]
             lines.append(f"| {' | '.join([*cells, *(format_value(row[name]) for name in names)])} |")
         blocks += [f"### {phase}", results.summary(phase) + " (* on the Pareto front)", "\n".join(lines)]
+    for effects in results.effects:
+        blocks += [f"### effects: {effects.phase}", effects.registration + ".", effects.markdown]
     provenance = [f"- {title}: {text}" for title, text in results.provenance.lines() if title not in ("study", "store")]
     return "\n\n".join([*blocks, "\n".join(provenance), "The whole table: `leaderboard.csv`, `leaderboard.html` among the artifacts."])
 
@@ -405,8 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def print_results(results: StudyResults, top: int) -> None:
-    """The head of each phase's table, the families, and what the expensive scores add."""
-    """Print the head of every phase's table, the family it grew, and what the expensive scores add."""
+    """Print the head of every phase's table, the family it grew, what the expensive scores add, and the effects of its design."""
     if not results.phases:
         num_failed = sum(sum(kinds.values()) for kinds in results.num_failed.values())
         print(f"study {results.provenance.study!r} has no finished trial yet ({num_failed} failed)")
@@ -417,6 +443,8 @@ def print_results(results: StudyResults, top: int) -> None:
             print(f"the family, in the order it grew:\n{text}\n")
         if text := agreement_text(agreement(results, phase)):
             print(f"what the expensive scores add over what costs nothing:\n{text}\n")
+    for effects in results.effects:
+        print(f"{results.provenance.study}/{effects.phase}, effects: {effects.text}")
 
 
 def _write_png(results: StudyResults, path: Path) -> None:
@@ -427,12 +455,11 @@ def _write_png(results: StudyResults, path: Path) -> None:
 
 
 def _only_phase(results: StudyResults, phase: str) -> StudyResults:
-    import dataclasses
-
     if phase not in results.phases:
         raise LeaderboardError(f"no measurement in a phase {phase!r}; phases: {', '.join(results.phases) or 'none'}")
     frame = results.frame[results.frame["phase"] == phase].reset_index(drop=True)
-    return dataclasses.replace(results, frame=frame, objectives={phase: results.objectives.get(phase, ())})
+    effects = tuple(one for one in results.effects if one.phase == phase)
+    return replace(results, frame=frame, objectives={phase: results.objectives.get(phase, ())}, effects=effects)
 
 
 def _count(number: int, noun: str) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from results.effects import format_effect
 from results.leaderboard import SHORT_DIGEST, agreement, family, format_tau, format_value
 from results.plots import MAX_PLOTTED, Panel, interactive_figure, panels
 
 if TYPE_CHECKING:
     from results.leaderboard import StudyResults
+    from results.study_effects import Effects
 
 MAX_ROWS = 1000
 """Rows of a table; beyond this a browser sorts slowly, and nobody reads on."""
@@ -68,11 +70,12 @@ def render(results: StudyResults) -> str:
     name = escape(results.provenance.study)
     provenance = "".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in results.provenance.lines())
     sections = "".join(_section(results, phase, grid.get(phase, [])) for phase in results.phases) or "<p>No finished trial yet.</p>"
+    effects = "".join(_effects(one) for one in results.effects)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: leaderboard</title>'
         '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
         f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body><h1>{name}: leaderboard</h1>"
-        f"<dl>{provenance}</dl>{sections}<script>{SCRIPT}</script></body></html>\n"
+        f"<dl>{provenance}</dl>{effects}{sections}<script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -91,6 +94,37 @@ def _section(results: StudyResults, phase: str, row: list[Panel]) -> str:
     if text := _agreement(results, phase):
         parts.append(f"<h3>What the expensive scores add</h3>{text}")
     return "".join(parts)
+
+
+def _effects(effects: Effects) -> str:
+    """The forest plot and a row per contrast, primary ones first."""
+    from results.forest import interactive_figure
+    from results.study_effects import interval_text
+
+    figure = ""
+    if effects.is_measured:
+        config = {"displaylogo": False, "responsive": True}
+        figure = interactive_figure(effects.table).to_html(full_html=False, include_plotlyjs=False, config=config)
+    names = ("effect", "interval", "p", "Holm p", "MDE, seeds", "MDE, images", "published", "seeds")
+    heads = '<th class="text">contrast</th><th class="text">outcome</th>' + "".join(f"<th>{name}</th>" for name in names)
+    lines = []
+    for row in effects.table.to_dict("records"):
+        cells = ["-"] * len(names)
+        if row["n_seeds"]:
+            unit = row["unit"]
+            cells = [format_effect(row["effect"], unit), interval_text(row), format_value(row["p"], 2), format_value(row["p_holm"], 2)]
+            cells += [format_effect(row[name], unit).lstrip("+") for name in ("mde_seeds", "mde_images")]
+            cells += [format_effect(row["published"], unit), str(row["n_seeds"])]
+        head = f'<td class="text">{escape(row["factor"])}: {escape(row["contrast"])}</td><td class="text">{escape(row["outcome"])}</td>'
+        verdict = f'<td class="text">{escape(row["verdict"])}</td>'
+        primary = ' class="front"' if row["is_primary"] else ""
+        lines.append(f"<tr{primary}>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}{verdict}</tr>")
+    note = (
+        f"<p>A red edge marks primary contrasts, named before the run: {escape(effects.registration)}. Effects are paired by seed and"
+        " test image, their 95 % intervals over both; MDE is the effect that the design finds with 80 % power.</p>"
+    )
+    table = f"<table><thead><tr>{heads}<th class=text>verdict</th></tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<h2>Effects: {escape(effects.phase)}</h2>{note}{figure}<div class="scroll">{table}</div>'
 
 
 def _board(results: StudyResults, phase: str) -> str:

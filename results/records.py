@@ -65,10 +65,15 @@ def outcome_from_json(data: Mapping[str, Any]) -> Outcome:
 
 def write_json_atomically(path: Path, data: Any) -> None:
     """Write `data` so that a crash at any moment leaves either the old file or the new one, whole."""
+    write_bytes_atomically(path, json.dumps(data, indent=1).encode())
+
+
+def write_bytes_atomically(path: Path, data: bytes) -> None:
+    """Write `data` so that a crash at any moment leaves either the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as file:
-        json.dump(data, file, indent=1)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(name, path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import tempfile
 import time
@@ -40,6 +41,10 @@ CHECK_TIMEOUT_S = 5
 
 CANDIDATE_FILE = "candidate.json"
 TRACEBACK_FILE = "traceback.txt"
+DESIGNS_FILE = "designs.json"
+DESIGNS_TAG = "designs"
+"""On a parent run: the phases that have a design; the designs themselves are its artifact."""
+
 CURVE = "curve/"
 """Prefix of the metrics that were reported while a trial ran; without it the last point could hide the final value."""
 
@@ -55,8 +60,8 @@ class TrialRecord:
     """A trial as the ledger names it.
 
     `params` are Optuna's; `candidate` is its JSON: label, model and, where another network is scored in its place, proxy.
-    `digest` names the model that is reported, `proxy_digest` the one that is scored. `reused_from` is the number of the
-    trial whose measurement this one was given.
+    `digest` names the model that is reported, `proxy_digest` the one that is scored, `recipe_digest` how it was trained.
+    `reused_from` is the number of the trial whose measurement this one was given; that one has the artifacts.
     """
 
     study: str
@@ -67,6 +72,7 @@ class TrialRecord:
     params: Mapping[str, Any]
     candidate: Mapping[str, Any]
     proxy_digest: str | None = None
+    recipe_digest: str | None = None
     reused_from: int | None = None
 
 
@@ -78,11 +84,15 @@ class Tracker(Protocol):
         ...
 
     def report(self, trial: TrialRecord, name: str, value: float, step: int) -> None:
-        """A point of a curve of a running trial."""
+        """A point of a curve of a running trial; sent with others, after some seconds."""
         ...
 
-    def record(self, trial: TrialRecord, outcome: Outcome) -> None:
-        """The trial has ended; recording it again changes nothing."""
+    def flush(self) -> None:
+        """Send the points that have waited long enough; called now and then while trials run."""
+        ...
+
+    def record(self, trial: TrialRecord, outcome: Outcome, artifacts: Path | None = None) -> None:
+        """The trial has ended, leaving files in the folder `artifacts` if that exists; recording it again changes nothing."""
         ...
 
     def finished_outcome(self, phase: str, number: int) -> Outcome | None:
@@ -107,7 +117,10 @@ class NullTracker:
     def report(self, trial: TrialRecord, name: str, value: float, step: int) -> None:
         pass
 
-    def record(self, trial: TrialRecord, outcome: Outcome) -> None:
+    def flush(self) -> None:
+        pass
+
+    def record(self, trial: TrialRecord, outcome: Outcome, artifacts: Path | None = None) -> None:
         pass
 
     def finished_outcome(self, phase: str, number: int) -> Outcome | None:
@@ -136,6 +149,7 @@ class MlflowTracker:
     moved under the new parent, so that a parent lists the trials that ended under it. `artifact_root` counts for a store
     without a server, default `mlflow-artifacts` beside a sqlite file; a server chooses its own. `invocation` holds the
     settings of the parent run, `command` among them if known; `objectives` the metrics of each phase that decide its rank.
+    `designs` is the JSON, by phase, of what will be tested: it stands in the parent run before the first trial does.
     `study_id` tells this study from others of its name: ValueError is raised if the experiment holds one of those.
     """
 
@@ -148,6 +162,7 @@ class MlflowTracker:
         artifact_root: Path | None = None,
         invocation: Mapping[str, str],
         objectives: Mapping[str, Sequence[Metric]],
+        designs: Mapping[str, Any] | None = None,
     ):
         self.uri = uri
         self.study = study
@@ -161,6 +176,9 @@ class MlflowTracker:
             self._client.set_terminated(run.info.run_id, "KILLED")
         self._user = _user_tags()
         self.parent_run_id = self._open_parent(invocation, objectives)
+        if designs:
+            self._client.log_text(self.parent_run_id, json.dumps(designs, indent=1), DESIGNS_FILE)
+            self._client.set_tag(self.parent_run_id, DESIGNS_TAG, ", ".join(designs))
         self._open: dict[str, _OpenRun] = {}
         self._highest: dict[str, int] = {}
 
@@ -177,10 +195,16 @@ class MlflowTracker:
         if run is None:
             return
         run.points.append((name, float(value), step, _now_ms()))
-        if len(run.points) >= FLUSH_POINTS or time.monotonic() - run.flushed_at > FLUSH_INTERVAL_S:
+        if len(run.points) >= FLUSH_POINTS:
             self._flush(run)
 
-    def record(self, trial: TrialRecord, outcome: Outcome) -> None:
+    def flush(self) -> None:
+        # Not left to the next point: that may be an epoch away.
+        for run in self._open.values():
+            if run.points and time.monotonic() - run.flushed_at > FLUSH_INTERVAL_S:
+                self._flush(run)
+
+    def record(self, trial: TrialRecord, outcome: Outcome, artifacts: Path | None = None) -> None:
         self.open(trial)
         run = self._open.pop(trial_key(trial.phase, trial.number), None)
         if run is None:
@@ -196,8 +220,10 @@ class MlflowTracker:
             run.run_id,
             metrics=[Point(name, value, now, 0) for name, value in values.items()],
             params=[Param(name, str(value)) for name, value in list(trial.params.items())[:MAX_PARAMS]],
-            tags=[RunTag(name, text[:MAX_TAG_CHARACTERS]) for name, text in _outcome_tags(outcome).items()],
+            tags=[RunTag(name, text[:MAX_TAG_CHARACTERS]) for name, text in {**_trial_tags(trial), **_outcome_tags(outcome)}.items()],
         )
+        if artifacts is not None and artifacts.is_dir():
+            self._copy_files(run, artifacts)
         self._write_text(run, CANDIDATE_FILE, json.dumps(dict(trial.candidate), indent=1))
         if isinstance(outcome, Failure) and outcome.traceback:
             self._write_text(run, TRACEBACK_FILE, outcome.traceback)
@@ -207,7 +233,7 @@ class MlflowTracker:
         run = self._find(phase, number)
         if run is None or run.info.status not in FINAL_STATUSES:
             return None
-        return recorded_outcome(run, lambda name: _read_text(self._client, run, name) or "")
+        return recorded_outcome(run, lambda name: read_artifact(self._client, run, name) or "")
 
     def mark_family(self, phase: str, numbers: Sequence[int]) -> None:
         wanted = {number: str(step) for step, number in enumerate(numbers)}
@@ -281,10 +307,7 @@ class MlflowTracker:
             "digest": trial.digest,
             **self._user,
         }
-        if trial.proxy_digest is not None:
-            tags["proxy_digest"] = trial.proxy_digest
-        if trial.reused_from is not None:
-            tags["reused_from"] = str(trial.reused_from)
+        tags |= _trial_tags(trial)
         tags = {name: text[:MAX_TAG_CHARACTERS] for name, text in tags.items()}
         run = self._client.create_run(self._experiment_id, tags=tags, run_name=f"{trial.phase} {trial.number}")
         self._highest[trial.phase] = max(self._highest.get(trial.phase, -1), trial.number)
@@ -328,6 +351,19 @@ class MlflowTracker:
             return
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+
+    def _copy_files(self, run: _OpenRun, source: Path) -> None:
+        folder = _local_folder(run.artifact_uri)
+        if folder is None:
+            self._client.log_artifacts(run.run_id, str(source))
+        else:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+def _trial_tags(trial: TrialRecord) -> dict[str, str]:
+    """What only some trials have; `reused_from` may be known only when the trial ends."""
+    optional = {"proxy_digest": trial.proxy_digest, "recipe_digest": trial.recipe_digest, "reused_from": trial.reused_from}
+    return {name: str(value) for name, value in optional.items() if value is not None}
 
 
 def trial_key(phase: str, number: int) -> str:
@@ -474,7 +510,7 @@ def find_candidate(uri: str, digest: str) -> dict[str, Any] | None:
     if len(digests) > 1:
         raise ValueError(f"digest {digest!r} is ambiguous: {', '.join(digests[:5])}{', ...' if len(digests) > 5 else ''}")
     for run in runs:
-        if run.info.status in FINAL_STATUSES and (text := _read_text(client, run, CANDIDATE_FILE)):
+        if run.info.status in FINAL_STATUSES and (text := read_artifact(client, run, CANDIDATE_FILE)):
             return json.loads(text)
     return None
 
@@ -566,15 +602,24 @@ def _local_folder(artifact_uri: str) -> Path | None:
     return Path(artifact_uri) if artifact_uri.startswith("/") else None
 
 
-def _read_text(client: MlflowClient, run: Run, name: str) -> str | None:
+def fetch_artifact(client: MlflowClient, run: Run, name: str, target: Path) -> bool:
+    """Put a run's artifact into the folder `target`; False if the run has none of that name."""
     folder = _local_folder(run.info.artifact_uri or "")
     if folder is not None:
-        file = folder / name
-        return file.read_text() if file.exists() else None
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+            return True
+        return False
     if not any(artifact.path == name for artifact in client.list_artifacts(run.info.run_id)):
-        return None
-    with tempfile.TemporaryDirectory() as target:
-        return Path(client.download_artifacts(run.info.run_id, name, target)).read_text()
+        return False
+    client.download_artifacts(run.info.run_id, name, str(target))
+    return True
+
+
+def read_artifact(client: MlflowClient, run: Run, name: str) -> str | None:
+    """The text of a run's artifact, None if it has none of that name."""
+    with tempfile.TemporaryDirectory() as folder:
+        return (Path(folder) / name).read_text() if fetch_artifact(client, run, name, Path(folder)) else None
 
 
 def user_name() -> str | None:

@@ -3,7 +3,7 @@
 ask      a trial adopted from a driver that was lost, else a new one from the strategy
 screen   illegal -> FAIL; over budget -> PRUNED with its constraint; measured before -> told the same again
 submit   to the pool, never more jobs than it has room for
-record   outcome.json in the workdir, then MLflow, then Optuna: whatever the order of crashes, the next start can
+record   outcome.json in the workdir, then MLflow with the trial's files, then Optuna: whatever the order of crashes, the next start can
          tell from the earlier ledger what the later one lacks
 """
 
@@ -29,7 +29,8 @@ from search.strategy import Proposer
 from search.study import RESULT_ATTRIBUTE, Phase
 from space.registry import SpecError
 from space.search_space import Candidate
-from workers.evaluate import Job, evaluate
+from workers.evaluate import EarlierTrial, Job, evaluate
+from workers.evaluator import ARTIFACTS, PROGRESS
 from workers.pool import Finished, Pool
 
 POLL_S = 0.5
@@ -50,7 +51,9 @@ class Measuring:
     data: str
     data_fingerprint: str
     workdir: Callable[[int], Path]
+    earlier: Mapping[str, EarlierTrial] = field(default_factory=dict)
     gpus: float = 0.0
+    processes: int = 1
     time_limit_s: float | None = None
 
     def job(self, number: int, candidate: Candidate, phase: Phase) -> Job:
@@ -58,11 +61,14 @@ class Measuring:
             trial=number,
             candidate=candidate,
             calls=phase.evaluators,
-            seed=self.seed,
+            # A recipe has the seed of its training; seeds are then cells of a design, not a setting of the run.
+            seed=candidate.recipe.seed if candidate.recipe else self.seed,
             data=self.data,
             data_fingerprint=self.data_fingerprint,
             workdir=self.workdir(number),
+            earlier=self.earlier,
             gpus=self.gpus,
+            processes=self.processes,
             time_limit_s=self.time_limit_s,
         )
 
@@ -97,6 +103,10 @@ class PhaseLoop:
     _known: dict[str, tuple[int, Outcome]] = field(default_factory=dict)
     _counts: dict[TrialState, int] = field(default_factory=dict)
     _best: dict[str, float] = field(default_factory=dict)
+    _shares: dict[int, float] = field(default_factory=dict)
+    _head_starts: dict[int, float] = field(default_factory=dict)
+    _adopted_numbers: set[int] = field(default_factory=set)
+    _total: int | None = None
     _failures_in_a_row: int = 0
     _rejected_in_a_row: int = 0
     _proposals_ended: bool = False
@@ -117,6 +127,7 @@ class PhaseLoop:
 
     def _run(self) -> None:
         self._read_ledger()
+        self._total = self.proposer.num_total(self.study) if self.proposer else self.phase.num_trials
         while True:
             self.interruption.check()
             is_satisfied = self._fill()
@@ -130,8 +141,11 @@ class PhaseLoop:
                     continue
                 if isinstance(event, Finished):
                     self._finish(event.trial, event.outcome)
+                elif event.name == PROGRESS:
+                    self._note_share(event.trial, event.value)
                 else:
                     self.tracker.report(self._running[event.trial].record, event.name, event.value, event.step)
+            self.tracker.flush()
             self.hold.renew()
         self._show(final=True)
         if self.proposer is not None:
@@ -149,11 +163,12 @@ class PhaseLoop:
         for told in self.study.get_trials(deepcopy=False):
             if told.state == TrialState.RUNNING:
                 self._adopted.append(optuna.Trial(self.study, told._trial_id))
+                self._adopted_numbers.add(told.number)
             elif told.state.is_finished():
                 self._counts[told.state] = self._counts.get(told.state, 0) + 1
                 self._note_best(told.values)
                 if stored := _read_outcome(self.measuring.workdir(told.number)):
-                    self._remember(stored.key, stored.outcome, told.number)
+                    self._remember(stored.key, stored.outcome, told.number if stored.reused_from is None else stored.reused_from)
 
     def _fill(self) -> bool:
         """Ask for and submit trials until the pool is full (False) or nothing more is wanted for now (True)."""
@@ -228,12 +243,14 @@ class PhaseLoop:
             params=trial.params,
             candidate=candidate.to_json(),
             proxy_digest=candidate.proxy.digest if candidate.proxy else None,
+            recipe_digest=candidate.recipe.digest if candidate.recipe else None,
             reused_from=None,
         )
         return _Asked(trial, self.measuring.job(trial.number, candidate, self.phase), record)
 
     def _finish(self, number: int, outcome: Outcome) -> None:
         asked = self._running.pop(number)
+        self._shares.pop(number, None)
         followers = self._followers.pop(asked.job.key, [])
         self._tell(asked, outcome)
         self._again.extend(followers)
@@ -254,10 +271,11 @@ class PhaseLoop:
 
     def _tell(self, asked: _Asked, outcome: Outcome) -> None:
         key = asked.job.key
-        identity = {"key": key, "reused_from": asked.record.reused_from, "candidate": asked.record.candidate}
+        reused_from = asked.record.reused_from
+        identity = {"key": key, "reused_from": reused_from, "candidate": asked.record.candidate}
         write_json_atomically(asked.job.workdir / OUTCOME_FILE, {**identity, **outcome_to_json(outcome)})
-        self.tracker.record(asked.record, outcome)
-        self._remember(key, outcome, asked.trial.number)
+        self.tracker.record(asked.record, outcome, asked.job.workdir / ARTIFACTS)
+        self._remember(key, outcome, asked.trial.number if reused_from is None else reused_from)
         asked.trial.set_user_attr(RESULT_ATTRIBUTE, _result(asked.job.candidate, outcome))
         if isinstance(outcome, Measurement):
             values = [outcome.values[name] for name in self.phase.objectives]
@@ -309,6 +327,11 @@ class PhaseLoop:
             better = max if metric.goal == "maximize" else min
             self._best[metric.name] = better(value, self._best.get(metric.name, value))
 
+    def _note_share(self, number: int, share: float) -> None:
+        if number in self._adopted_numbers:
+            self._head_starts.setdefault(number, share)
+        self._shares[number] = share
+
     def _warn_once(self, warning: str) -> None:
         if warning not in self._warned:
             self._warned.add(warning)
@@ -318,11 +341,13 @@ class PhaseLoop:
         status = Status(
             title=self.study.study_name,
             complete=self._counts.get(TrialState.COMPLETE, 0),
-            total=self.phase.num_trials,
+            total=self._total,
             running=len(self._running),
             failed=self._counts.get(TrialState.FAIL, 0),
             pruned=self._counts.get(TrialState.PRUNED, 0),
             best=", ".join(f"{name} {value:.4g}" for name, value in self._best.items()),
+            running_share=sum(self._shares.values()) if self._shares else None,
+            head_start=sum(self._head_starts.values()),
         )
         self.progress.show(status, final=final)
 
@@ -356,6 +381,22 @@ def _set_constraints(trial: optuna.Trial, excess: Mapping[str, float]) -> bool:
     for name, over in excess.items():
         trial.set_constraint(name, over)
     return any(over > 0 for over in excess.values())
+
+
+def best_trial(phase: Phase, study: optuna.Study, workdir: Callable[[int], Path]) -> EarlierTrial:
+    """The complete trial that is best in the first objective, the lowest number of equals, as a later phase may read it.
+
+    Raises PhaseStopped if there is none, or its files are gone.
+    """
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not complete:
+        raise PhaseStopped(f"{study.study_name} has no complete trial, and a later phase needs one")
+    sign = -1 if phase.goals[0].goal == "maximize" else 1
+    best = min(complete, key=lambda trial: (sign * trial.values[0], trial.number))
+    stored = _read_outcome(workdir(best.number))
+    if stored is None:
+        raise PhaseStopped(f"{study.study_name}: the files of its best trial, {best.number}, are gone from {workdir(best.number)}")
+    return EarlierTrial(workdir(best.number if stored.reused_from is None else stored.reused_from), stored.key)
 
 
 def _result(candidate: Candidate, outcome: Outcome) -> dict[str, Any]:

@@ -14,7 +14,11 @@ LOG_EVERY_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """Counts of a phase's trials; `total` is None where a proposer decides the end, `best` words for the best so far."""
+    """Counts of a phase's trials; `total` is None where a proposer decides the end, `best` words for the best so far.
+
+    `running_share` is the sum over the running trials of the share each has done, None if none has said; `head_start` the
+    share that trials resumed in this process had done before it.
+    """
 
     title: str
     complete: int
@@ -23,10 +27,12 @@ class Status:
     failed: int = 0
     pruned: int = 0
     best: str = ""
+    running_share: float | None = None
+    head_start: float = 0.0
 
 
 class Progress:
-    """Shows a `Status` that changes; rate and ETA come from the trials completed since this process began the phase."""
+    """Shows a `Status` that changes; rate and ETA come from the trials, whole and begun, done since this process began the phase."""
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         self._stream = stream or sys.stdout
@@ -71,18 +77,27 @@ class Progress:
 
     def _line(self, status: Status, now: float) -> str:
         total = "" if status.total is None else f"/{status.total}"
-        counts = [f"{status.complete}{total} done", f"{status.running} running"]
+        share = "" if status.running_share is None else f" ({100 * status.running_share / max(status.running, 1):.0f} %)"
+        counts = [f"{status.complete}{total} done", f"{status.running} running{share}"]
         counts += [f"{status.failed} failed"] if status.failed else []
         counts += [f"{status.pruned} over budget"] if status.pruned else []
-        elapsed, done = now - self._began_at, status.complete - self._began_complete
+        begun = status.running_share or 0.0
+        elapsed, done = now - self._began_at, status.complete - self._began_complete + begun - status.head_start
         pace = []
         if done > 0 and elapsed > 0:
             rate = done / elapsed
-            pace.append(f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min")
+            pace.append(_rate(rate))
             if status.total is not None and status.complete < status.total:
-                pace.append(f"ETA {_duration((status.total - status.complete) / rate)}")
+                pace.append(f"ETA {_duration((status.total - status.complete - begun) / rate)}")
         fields = [", ".join(counts), f"best {status.best}" if status.best else "", *pace, f"{_duration(elapsed)} elapsed"]
         return f"{status.title}  " + " | ".join(field for field in fields if field)
+
+
+def _rate(per_s: float) -> str:
+    for period_s, unit in ((1, "s"), (60, "min")):
+        if per_s * period_s >= 1:
+            return f"{per_s * period_s:.1f}/{unit}"
+    return f"{per_s * 3600:.1f}/h"
 
 
 def _duration(seconds: float) -> str:

@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from results.paths import RunPaths, default_runs, without_password
 from search.interruption import Interruption
 from search.study import RunSettings, studies
 from space import catalog
 from space.component import KINDS, components
+from space.recipe import Recipe
 from space.registry import SpecError, unknown_name
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -105,6 +108,8 @@ def _evaluate(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="search/run.py evaluate", description="Measure one model now, without a study.")
     _add_model(parser)
     parser.add_argument("--evaluators", required=True, metavar="A,B", help="names, separated by commas")
+    parser.add_argument("--recipe", default="", metavar="FIELD=VALUE,...", help="how it is trained: epochs=20,batch_size=64,mixing=cutmix")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="where weights and artifacts go; default: nowhere that lasts")
     parser.add_argument("--threads", type=_positive_int, default=1, help="CPU threads (default 1); they decide a score's last bits")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_measuring_flags(parser)
@@ -120,18 +125,20 @@ def _evaluate(argv: list[str]) -> int:
     if any(call.evaluator.uses_data for call in calls):
         check_source(args.data)
     spec = resolve_model(args.model, args)
-    job = Job(
-        trial=0,
-        candidate=Candidate(model=spec),
-        calls=calls,
-        seed=args.seed,
-        data=args.data,
-        data_fingerprint=fingerprint(args.data),
-        workdir=Path(),
-        num_threads=args.threads,
-        gpus=args.gpus,
-    )
-    outcome = evaluate(job)
+    recipe = parse_recipe(args.recipe, args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(
+            trial=0,
+            candidate=Candidate(model=spec, recipe=recipe),
+            calls=calls,
+            seed=args.seed,
+            data=args.data,
+            data_fingerprint=fingerprint(args.data),
+            workdir=args.workdir or Path(folder),
+            num_threads=args.threads,
+            gpus=args.gpus,
+        )
+        outcome = evaluate(job)
     if isinstance(outcome, Failure):
         print(outcome.traceback, file=sys.stderr) if outcome.kind == "error" else None
         print(f"failed ({outcome.kind}): {outcome.message}", file=sys.stderr)
@@ -200,24 +207,77 @@ def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Name
     )
     parser.add_argument("--storage", metavar="URL", help="Optuna storage: journal file, database URL or grpc://HOST:PORT")
     parser.add_argument("--tracking-uri", metavar="URI", help="MLflow tracking server or store")
+    parser.add_argument(
+        "--processes", type=_positive_int, default=1, metavar="N", help="processes that train one network together, --gpus each"
+    )
     parser.add_argument("--fresh", action="store_true", help="set the old study aside under a dated name and begin anew")
+    options = studies.get(study).options
+    _add_options(parser, options)
     args = parser.parse_args(argv)
-    return _run_settings(study, args), args
+    return dataclasses.replace(_run_settings(study, args), options=_options(options, args)), args
+
+
+def _add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """A flag for each field of a study's own options; one that is not given stays out of the namespace."""
+    if not dataclasses.fields(options):
+        return
+    group = parser.add_argument_group("of this study")
+    hints = get_type_hints(options)
+    kinds = {int: {"type": _any_int, "metavar": "N"}, float: {"type": _any_float, "metavar": "X"}, bool: {"action": "store_true"}}
+    for field in dataclasses.fields(options):
+        default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+        shown = f" (default: {default})" if default not in ("", False) else ""
+        kind = kinds.get(hints[field.name], {"metavar": "NAME"} if hints[field.name] is str else {"action": "append", "metavar": "NAME"})
+        text = field.metadata.get("help", "") + shown
+        group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
+
+
+def _options(options: type, args: argparse.Namespace) -> Any:
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(options) if hasattr(args, field.name)}
+    return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def resolve_model(text: str, args: argparse.Namespace):
     """The spec that `text` names: of the catalogue, a method's string, a file, or a leaderboard entry by its digest."""
     if len(text) >= 6 and all(letter in "0123456789abcdef" for letter in text) and text not in catalog.names():
         from results.tracking import check_tracking, find_candidate
-        from space.spec import ArchSpec
+        from space.model import model_from_json
 
         uri = args.tracking_uri or RunPaths(_runs_folder(args.runs)).mlflow_uri
         check_tracking(uri)
         candidate = find_candidate(uri, text)
         if candidate is None:
             raise SpecError(f"no leaderboard entry has the digest {text!r} in {uri}; --runs or --tracking-uri name another store")
-        return ArchSpec.from_json(candidate["model"])
+        return model_from_json(candidate["model"])
     return catalog.resolve(text)
+
+
+def parse_recipe(text: str, seed: int) -> Recipe | None:
+    """The recipe in `field=value,...`, trained under `seed`; None for an empty text. Grids are separated by `/`."""
+    if not text:
+        return None
+    hints = get_type_hints(Recipe)
+    values: dict[str, Any] = {"seed": seed}
+    for assignment in text.split(","):
+        name, equals, value = assignment.strip().partition("=")
+        if not equals or name not in hints:
+            raise unknown_name("field", name, hints, "--recipe") if equals else SpecError(f"--recipe {text!r}: FIELD=VALUE,... is expected")
+        values[name] = _recipe_value(name, value, hints[name])
+    return Recipe.from_json(values)
+
+
+def _recipe_value(name: str, text: str, hint: Any) -> Any:
+    if hint is bool:
+        allowed = {"true": True, "false": False}
+        if text.lower() not in allowed:
+            raise SpecError(f"--recipe: {name} is {text!r}; allowed: true, false")
+        return allowed[text.lower()]
+    try:
+        if hint in (int, float):
+            return hint(text)
+        return tuple(int(grid) for grid in text.split("/")) if name == "mixing_grids" else text
+    except ValueError as error:
+        raise SpecError(f"--recipe: {name} is {text!r}; a number is expected") from error
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -228,7 +288,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_whole_number, default=0, help="of weights, curves, images and strategies")
-    parser.add_argument("--data", default="digits", metavar="SOURCE", help="images: digits, folder:PATH or tar:PATH")
+    sources = "digits, folder:PATH, tar:PATH, parquet:PATH, webdataset:PATH or torchvision:NAME:ROOT"
+    parser.add_argument("--data", default="digits", metavar="SOURCE", help=f"images: {sources}")
     parser.add_argument("--gpus", type=_non_negative_float, default=0.0, metavar="N", help="GPUs per trial; above 0 measures on the GPU")
     parser.add_argument(
         "--set", action="append", default=[], metavar="E.FIELD=VALUE", help="a setting of an evaluator, e.g. as_vit.num_repeats=3"
@@ -306,6 +367,8 @@ def _number(kind: type, is_allowed: Callable[[Any], bool], meaning: str) -> Call
     return parse
 
 
+_any_int = _number(int, lambda value: True, "a whole number")
+_any_float = _number(float, lambda value: True, "a number")
 _positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
 _whole_number = _number(int, lambda value: value >= 0, "a whole number from 0")
 _positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")

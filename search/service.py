@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from results.tracking import MlflowTracker, RunStatus, check_tracking
 from search.archiving import Archiving
 from search.interruption import Interruption
 from search.lock import Hold, Lease, LockFile, StudyIsDriven
-from search.loop import Measuring, PhaseLoop, PhaseStopped, make_objective
+from search.loop import Measuring, PhaseLoop, PhaseStopped, best_trial, make_objective
 from search.progress import Progress
 from search.storage import open_storage
 from search.strategy import strategies
-from search.study import IDENTITY_ATTRIBUTE, Phase, RunSettings, SettingsError, Study, open_phase, studies
+from search.study import DESIGN_ATTRIBUTE, IDENTITY_ATTRIBUTE, Phase, RunSettings, SettingsError, Study, open_phase, studies
 from space.registry import unknown_name
 from workers.data import check_source, fingerprint
-from workers.pool import Pool, RayPool, SerialPool
+from workers.evaluate import EarlierTrial
+from workers.pool import Pool, PoolError, RayPool, SerialPool
 
 __all__ = ["PhaseStopped", "objective", "open_study", "run_study"]
 
@@ -46,6 +47,8 @@ def run_study(
     opened = _Opened(settings)
     progress = Progress()
     progress.say(f"results in {opened.paths.root} (Optuna: {opened.shown_storage}; MLflow: {opened.shown_tracking})")
+    for note in opened.study.notes:
+        progress.say(note)
     check_tracking(opened.tracking_uri)
     with _driving(opened, fresh) as (hold, phases):
         tracker = MlflowTracker(
@@ -55,6 +58,7 @@ def run_study(
             artifact_root=opened.artifact_root,
             invocation={"command": command, "seed": str(settings.seed), "data": settings.data},
             objectives={phase.name: list(phase.goals) for phase in opened.study.phases},
+            designs=opened.designs(),
         )
         status: RunStatus = "KILLED"
         try:
@@ -89,7 +93,7 @@ def _run_phase(
             study_name=opened.settings.study_name,
             phase=phase,
             study=phases[phase.name],
-            measuring=opened.measuring(phase),
+            measuring=opened.measuring(phase, opened.earlier(phase, phases)),
             pool=pool,
             tracker=tracker,
             progress=progress,
@@ -97,7 +101,7 @@ def _run_phase(
             interruption=interruption,
             proposer=phase.propose(phases) if phase.propose else None,
         ).run()
-    except (SettingsError, StudyIsDriven):
+    except (SettingsError, StudyIsDriven, PoolError):
         raise
     except ValueError as error:
         # What a user can get wrong was checked before; from here on a ValueError is our own, and wants its traceback.
@@ -117,13 +121,26 @@ def open_study(name: str, **settings: Any) -> optuna.Study:
 def objective(name: str, **settings: Any) -> Callable[[optuna.Trial], float | tuple[float, ...]]:
     """The objective of the phase `STUDY/PHASE` for `study.optimize`: measures in this process, without Ray or MLflow."""
     opened, phase = _open_for_user(name, settings)
-    return make_objective(phase, opened.measuring(phase))
+    storage, study_name = opened.storage(), opened.settings.study_name
+    try:
+        earlier = {needed: optuna.load_study(study_name=f"{study_name}/{needed}", storage=storage) for needed in phase.needs}
+    except KeyError as error:
+        raise SettingsError(f"phase {phase.name!r} needs {', '.join(phase.needs)}, which {opened.shown_storage} does not hold") from error
+    return make_objective(phase, opened.measuring(phase, opened.earlier(phase, earlier)))
 
 
 def _open_for_user(name: str, settings: Mapping[str, Any]) -> tuple[_Opened, Phase]:
     method, _, phase = name.partition("/")
     runs = Path(settings.get("runs", "runs")).expanduser().absolute()
-    opened = _Opened(RunSettings(**{**settings, "study": method, "runs": runs}))
+    options = studies.get(method).options
+    own = {field.name for field in fields(options)}
+    known = own | {field.name for field in fields(RunSettings)} - {"study", "options"}
+    for setting in settings:
+        if setting not in known:
+            raise unknown_name("setting", setting, known, f"study {method!r}")
+    run = {setting: value for setting, value in settings.items() if setting not in own}
+    chosen = options(**{setting: value for setting, value in settings.items() if setting in own})
+    opened = _Opened(RunSettings(**{**run, "study": method, "runs": runs, "options": chosen}))
     return opened, opened.study.phase(phase)
 
 
@@ -167,14 +184,30 @@ class _Opened:
     def storage(self) -> BaseStorage:
         return open_storage(self.storage_location)
 
-    def measuring(self, phase: Phase) -> Measuring:
+    def designs(self) -> dict[str, Any]:
+        """The JSON of what will be tested, by phase."""
+        return {phase: design.to_json() for phase, design in self.study.designs.items()}
+
+    def earlier(self, phase: Phase, studied: Mapping[str, optuna.Study]) -> dict[str, EarlierTrial]:
+        """The best trial of every phase that `phase` needs; raises PhaseStopped if one has none."""
+        return {
+            needed: best_trial(self.study.phase(needed), studied[needed], lambda number, needed=needed: self.workdir(needed, number))
+            for needed in phase.needs
+        }
+
+    def workdir(self, phase: str, number: int) -> Path:
+        return self.paths.workdir(self.settings.study_name, phase, number)
+
+    def measuring(self, phase: Phase, earlier: Mapping[str, EarlierTrial]) -> Measuring:
         settings = self.settings
         return Measuring(
             seed=settings.seed,
             data=settings.data,
             data_fingerprint=self.data_fingerprint,
-            workdir=lambda number: self.paths.workdir(settings.study_name, phase.name, number),
+            workdir=lambda number: self.workdir(phase.name, number),
+            earlier=earlier,
             gpus=self.gpus,
+            processes=settings.processes,
             time_limit_s=settings.time_limit_s,
         )
 
@@ -213,6 +246,8 @@ def _driving(opened: _Opened, fresh: bool) -> Iterator[tuple[Hold, dict[str, opt
             phase.name: open_phase(f"{name}/{phase.name}", phase, opened.settings, opened.data_fingerprint, storage)
             for phase in opened.study.phases
         }
+        for phase, design in opened.designs().items():
+            phases[phase].set_user_attr(DESIGN_ATTRIBUTE, design)
         if "://" in opened.storage_location and not (lease and lease.is_held()):
             hold = held(Lease(phases[opened.study.phases[0].name], say=Progress().say))
         yield hold, phases
@@ -227,5 +262,6 @@ def _make_pool(opened: _Opened, max_workers: int | None, ray_address: str) -> Po
         cpus=max(need.cpus for need in needs),
         gpus=opened.gpus,
         memory_mb=max(need.memory_mb for need in needs),
+        processes=opened.settings.processes,
         max_workers=max_workers,
     )

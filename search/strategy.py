@@ -31,6 +31,10 @@ class Proposer(Protocol):
         """The points of the next round, decided from the told trials of `study`; None when the rule has ended."""
         ...
 
+    def num_total(self, study: optuna.Study) -> int | None:
+        """How many trials of `study` will be complete when the rule ends; None if that cannot be said."""
+        ...
+
     def family(self, study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
         """The trials that the rule has chosen so far, in the order of the rounds: what it yields."""
         ...

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from results.records import Metric
 from search.strategy import Proposer, strategies
+from space.recipe import Recipe
 from space.registry import Registry, SpecError
 from space.search_space import Candidate, SearchSpace
 from workers.evaluator import Call, evaluators
@@ -21,9 +22,12 @@ from workers.evaluator import Call, evaluators
 if TYPE_CHECKING:
     import optuna
 
+    from results.effects import Design
+
 SETTINGS_ATTRIBUTE = "settings"
 IDENTITY_ATTRIBUTE = "study_id"
 RESULT_ATTRIBUTE = "result"
+DESIGN_ATTRIBUTE = "design"
 
 
 class SettingsError(ValueError):
@@ -36,6 +40,7 @@ class RunSettings:
 
     `img_size` is that of the reported networks and `proxy_img_size` that at which they are scored, both in pixels.
     `evaluator_settings` holds `--set evaluator.field=text` as `{evaluator: {field: text}}`.
+    `gpus` are those of each of a trial's `processes`. `options` are the study's own flags, an instance of its class of them.
     """
 
     study: str
@@ -51,9 +56,11 @@ class RunSettings:
     strategy: str | None = None
     evaluator_settings: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     gpus: float = 0.0
+    processes: int = 1
     time_limit_s: float | None = None
     storage: str | None = None
     tracking_uri: str | None = None
+    options: Any = None
 
     @property
     def study_name(self) -> str:
@@ -133,7 +140,8 @@ class Phase:
     """One Optuna study: a space, what is measured, what counts, and what decides what to try next.
 
     Either a `strategy` proposes `num_trials` trials one by one, or `propose` makes a proposer that works in rounds and
-    ends by itself, from what the earlier phases found.
+    ends by itself, from what the earlier phases found. `needs` names the earlier phases whose best trial's files the
+    evaluators read.
     """
 
     name: str
@@ -144,6 +152,7 @@ class Phase:
     strategy: str | None = None
     num_trials: int | None = None
     propose: Callable[[Mapping[str, optuna.Study]], Proposer] | None = None
+    needs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.strategy is None) == (self.propose is None):
@@ -166,9 +175,22 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Phases in the order they run; a phase may read what earlier ones found."""
+    """Phases in the order they run; a phase may read what earlier ones found.
+
+    `designs` says, by phase, which contrasts of its cells are tested: stored before the first trial, reported at the end.
+    `notes` are told the user before the run.
+    """
 
     phases: tuple[Phase, ...]
+    designs: Mapping[str, Design] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        earlier: list[str] = []
+        for phase in self.phases:
+            if unknown := [name for name in phase.needs if name not in earlier]:
+                raise SpecError(f"phase {phase.name!r} needs {', '.join(unknown)}, which no earlier phase is called")
+            earlier.append(phase.name)
 
     def phase(self, name: str) -> Phase:
         for phase in self.phases:
@@ -177,18 +199,48 @@ class Study:
         raise SpecError(f"no phase {name!r}; phases: {', '.join(phase.name for phase in self.phases)}")
 
 
-studies: Registry[Callable[[RunSettings], Study]] = Registry("study", package="search.studies")
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a study that has none."""
 
 
-def study(name: str) -> Callable[[Callable[[RunSettings], Study]], Callable[[RunSettings], Study]]:
-    """Register a function `(RunSettings) -> Study` as the study `name`."""
-    return lambda make: studies.add((name,), make)
+class Method:
+    """A registered study: makes its phases from a run's settings; `options` is the class of the flags it has of its own."""
+
+    def __init__(self, make: Callable[[RunSettings], Study], options: type):
+        self.options = options
+        self.__doc__ = make.__doc__
+        self._make = make
+
+    def __call__(self, run: RunSettings) -> Study:
+        return self._make(run if run.options is not None else dataclasses.replace(run, options=self.options()))
+
+
+studies: Registry[Method] = Registry("study", package="search.studies")
+
+
+def study(name: str, *, options: type = NoOptions) -> Callable[[Callable[[RunSettings], Study]], Callable[[RunSettings], Study]]:
+    """Register a function `(RunSettings) -> Study` as the study `name`.
+
+    `options` is a frozen keyword-only dataclass whose fields, each with a default, become the study's own flags: `str`, `int`,
+    `float`, `bool` or, for a flag that may be repeated, `tuple[str, ...]`; `field(metadata={"help": ...})` explains one. It raises
+    SpecError for a value that cannot be. An instance arrives as `RunSettings.options`.
+    """
+
+    def register(make: Callable[[RunSettings], Study]) -> Callable[[RunSettings], Study]:
+        studies.add((name,), Method(make, options))
+        return make
+
+    return register
 
 
 def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dict[str, Any]:
     """What a phase's measurements depend on: stored with its Optuna study and compared when it is opened again."""
     uses_data = any(call.evaluator.uses_data for call in phase.evaluators)
     example = phase.space.decode(next(phase.space.points()))
+    # Keys that came later stand only where they say something, so that older studies still compare equal.
+    recipe = {"recipe": dataclasses.replace(example.recipe, seed=0).to_json()} if example.recipe else {}
+    processes = {"processes": run.processes} if run.processes > 1 else {}
     return {
         "study": run.study,
         "space": phase.space.to_json(),
@@ -199,6 +251,8 @@ def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dic
         "data": data_fingerprint if uses_data else None,
         "seed": run.seed,
         "device": "cuda" if run.gpus > 0 else "cpu",
+        **recipe,
+        **processes,
     }
 
 
@@ -226,12 +280,18 @@ def open_phase(name: str, phase: Phase, run: RunSettings, data_fingerprint: str,
             opened.set_metric_names(list(phase.objectives))
         opened.set_user_attr(IDENTITY_ATTRIBUTE, uuid.uuid4().hex)
         opened.set_user_attr(SETTINGS_ATTRIBUTE, wanted)
-    elif differences := list(_differences(stored, wanted)):
+    elif differences := list(_differences(_with_whole_recipe(stored), _with_whole_recipe(wanted))):
         raise SettingsError(
             f"study {name!r} was created with other settings: {'; '.join(differences)}. "
             "Run it with the settings it has, under another --name, or begin anew with --fresh (the old study is kept)"
         )
     return opened
+
+
+def _with_whole_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are compared: a recipe is stored without its defaults, which a difference should name."""
+    recipe = settings.get("recipe")
+    return {**settings, "recipe": dataclasses.asdict(Recipe.from_json(recipe))} if recipe else dict(settings)
 
 
 def _refuse_name_of_another_method(name: str, method: str, storage: optuna.storages.BaseStorage) -> None:

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "search": {"search", "workers", "space", "results"},
 }
 ONLY_IN = {
-    "ray": {"workers/pool.py"},
+    "ray": {"workers/pool.py", "workers/distributed.py"},
     "mlflow": {"results/tracking.py", "results/leaderboard.py"},
     "optuna": {"search/"},
     "argparse": {"search/run.py", "results/leaderboard.py"},

@@ -13,11 +13,12 @@ from optuna.trial import TrialState
 
 from results.records import Failure, Outcome
 from results.tracking import NullTracker, TrialRecord
-from search.loop import MAX_FAILURES_IN_A_ROW, Measuring, PhaseLoop, PhaseStopped
-from search.progress import Progress
+from search.loop import MAX_FAILURES_IN_A_ROW, Measuring, PhaseLoop, PhaseStopped, best_trial
+from search.progress import Progress, Status
 from search.study import Budget, Phase
-from space.search_space import Axis, SearchSpace
-from workers.evaluate import Job
+from space.recipe import Recipe
+from space.search_space import Axis, Candidate, SearchSpace
+from workers.evaluate import EarlierTrial, Job
 from workers.evaluator import Call, evaluators
 from workers.pool import Event, Finished, SerialPool
 
@@ -28,7 +29,7 @@ class ListTracker(NullTracker):
     def __init__(self) -> None:
         self.recorded: list[tuple[TrialRecord, Outcome]] = []
 
-    def record(self, trial: TrialRecord, outcome: Outcome) -> None:
+    def record(self, trial: TrialRecord, outcome: Outcome, artifacts: Path | None = None) -> None:
         self.recorded.append((trial, outcome))
 
 
@@ -231,6 +232,9 @@ class TwoRounds:
         best = max((trial.params["num_classes"] for trial in study.trials), default=None)
         return {None: [{"num_classes": 1}, {"num_classes": 2}], 2: [{"num_classes": 20}]}.get(best)
 
+    def num_total(self, study: optuna.Study) -> int:
+        return 3
+
     def family(self, study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
         return study.trials[-1:]
 
@@ -248,3 +252,115 @@ def test_the_outcome_file_holds_what_was_told(tmp_path: Path):
     stored = json.loads((tmp_path / "0" / "outcome.json").read_text())
     assert stored["values"] == {"score": study.trials[0].value}
     assert stored["candidate"]["label"] == study.trials[0].user_attrs["result"]["label"]
+
+
+def report_progress(model, context, settings):
+    for share in (0.25, 0.75):
+        context.report("progress", share, 0)
+    context.report("loss", 2.0, 0)
+    (context.workdir / "artifacts").mkdir(parents=True)
+    (context.workdir / "artifacts" / "predictions.npz").write_text(context.workdir.name)
+    return {"score": 1.0}
+
+
+class FullTracker(ListTracker):
+    """Remembers reports and the folders of files too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reported: list[str] = []
+        self.folders: dict[int, Path | None] = {}
+
+    def report(self, trial: TrialRecord, name: str, value: float, step: int) -> None:
+        self.reported.append(name)
+
+    def record(self, trial: TrialRecord, outcome: Outcome, artifacts: Path | None = None) -> None:
+        super().record(trial, outcome)
+        self.folders[trial.number] = artifacts
+
+
+def make_loop(phase: Phase, folder: Path, study: optuna.Study, tracker: NullTracker, **changes) -> PhaseLoop:
+    measuring = Measuring(seed=0, data="digits", data_fingerprint="digits", workdir=lambda number: folder / str(number))
+    arguments = {"pool": SerialPool(), "progress": Progress(), "hold": NoHold(), **changes}
+    return PhaseLoop(study_name="s", phase=phase, study=study, measuring=measuring, tracker=tracker, **arguments)
+
+
+def test_the_share_that_is_done_is_shown_and_is_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shown = []
+
+    class Listening(Progress):
+        def show(self, status: Status, *, final: bool = False) -> None:
+            shown.append((status.running, status.running_share, status.total))
+
+    monkeypatch.setitem(evaluators._parts, ("faulty",), dataclasses.replace(Call("faulty").evaluator, function=report_progress))
+    tracker = FullTracker()
+    study = optuna.create_study(directions=["maximize"])
+
+    class SlowPool(SerialPool):
+        """Hands out one event at a time."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._events: list[Event] = []
+
+        def poll(self, timeout_s: float) -> list[Event]:
+            self._events = self._events or super().poll(timeout_s)
+            return [self._events.pop(0)] if self._events else []
+
+    make_loop(make_phase(num_trials=1), tmp_path, study, tracker, progress=Listening(), pool=SlowPool()).run()
+    assert list(dict.fromkeys(shown)) == [(0, None, 1), (1, None, 1), (1, 0.25, 1), (1, 0.75, 1)]
+    assert shown[-1] == (0, None, 1)
+    assert tracker.reported == ["loss"]
+
+
+def test_files_are_recorded_once_and_repeats_name_the_trial_that_left_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(evaluators._parts, ("faulty",), dataclasses.replace(Call("faulty").evaluator, function=report_progress))
+    tracker = FullTracker()
+    study = optuna.create_study(directions=["maximize"])
+    phase = make_phase(space=small_space(1), num_trials=3)
+    make_loop(phase, tmp_path, study, tracker).run()
+    more = FullTracker()
+    make_loop(dataclasses.replace(phase, num_trials=5), tmp_path, study, more).run()
+    with_files = {number for number, folder in {**tracker.folders, **more.folders}.items() if folder and folder.is_dir()}
+    assert with_files == {0}
+    assert [record.reused_from for record, _ in tracker.recorded + more.recorded] == [None, 0, 0, 0, 0]
+
+
+def test_a_recipe_gives_its_trial_the_seed_and_is_part_of_its_identity(tmp_path: Path):
+    space = SearchSpace(
+        name="seeds",
+        axes=(Axis(name="seed", choices=range(10)),),
+        decode=lambda params: Candidate(model=faulty.classifier(3), recipe=Recipe(epochs=1, seed=params["seed"])),
+    )
+    _, tracker = run(make_phase(space=space, num_trials=10), tmp_path)
+    seeds = [record.params["seed"] for record, _ in tracker.recorded]
+    assert [outcome.seed for _, outcome in tracker.recorded] == seeds
+    assert len({record.recipe_digest for record, _ in tracker.recorded}) == len(set(seeds)) > 1
+    assert sum(record.reused_from is None for record, _ in tracker.recorded) == len(set(seeds))
+
+
+def test_the_best_trial_of_an_earlier_phase_is_the_one_with_files_or_the_phase_says_what_is_missing(tmp_path: Path):
+    phase = make_phase(num_trials=4, space=small_space(2))
+    empty = optuna.create_study(study_name="s/empty", directions=["maximize"])
+    with pytest.raises(PhaseStopped, match="s/empty has no complete trial"):
+        best_trial(phase, empty, lambda number: tmp_path / str(number))
+    study, tracker = run(phase, tmp_path)
+    best = best_trial(phase, study, lambda number: tmp_path / str(number))
+    first = next(record.number for record, _ in tracker.recorded if record.params["num_classes"] == 2)
+    assert best.workdir == tmp_path / str(first)
+    (best.workdir / "outcome.json").unlink()
+    with pytest.raises(PhaseStopped, match="are gone"):
+        best_trial(phase, study, lambda number: tmp_path / str(number))
+
+
+def test_what_was_measured_on_another_backbone_is_not_reused(tmp_path: Path):
+    phase = make_phase()
+    measuring = Measuring(seed=0, data="digits", data_fingerprint="digits", workdir=lambda number: tmp_path)
+    candidate = Candidate(model=faulty.classifier(3))
+    keys = {
+        dataclasses.replace(measuring, earlier=earlier).job(0, candidate, phase).key
+        for earlier in ({}, {"backbone": EarlierTrial(tmp_path, "one")}, {"backbone": EarlierTrial(tmp_path, "other")})
+    }
+    assert len(keys) == 3
+    moved = dataclasses.replace(measuring, earlier={"backbone": EarlierTrial(tmp_path / "moved", "one")})
+    assert moved.job(0, candidate, phase).key in keys

@@ -58,3 +58,25 @@ def test_trials_of_an_earlier_run_do_not_count_into_the_rate():
     now[0] = 60.0
     progress.show(status(9))
     assert "1.0/min | ETA 1:00" in stream.getvalue()
+
+
+def line(progress: Progress, stream: io.StringIO, shown: Status) -> str:
+    progress.show(shown, final=True)
+    return stream.getvalue().splitlines()[-1]
+
+
+def test_the_first_trials_have_an_eta_before_any_is_done():
+    now, stream = [0.0], io.StringIO()
+    progress = Progress(stream, lambda: now[0])
+    progress.show(status(0))
+    now[0] = 60.0
+    shown = line(progress, stream, status(0, running_share=0.5))
+    assert shown == "as_vit/topology  0/10 done, 2 running (25 %) | 30.0/h | ETA 19:00 | 1:00 elapsed"
+
+
+def test_what_a_resumed_trial_had_done_before_does_not_count_into_the_rate():
+    now, stream = [0.0], io.StringIO()
+    progress = Progress(stream, lambda: now[0])
+    progress.show(status(0))
+    now[0] = 60.0
+    assert "ETA 18:00" in line(progress, stream, status(0, running_share=1.0, head_start=0.5))

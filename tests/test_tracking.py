@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import socket
 import sqlite3
@@ -307,3 +308,78 @@ def test_a_null_tracker_keeps_nothing():
     tracker.mark_family("topology", [0])
     tracker.close("FINISHED")
     assert tracker.finished_outcome("topology", 0) is None
+
+
+def files(paths, run) -> dict[str, str]:
+    root = paths.artifact_root / run.info.run_id / "artifacts"
+    return {str(file.relative_to(root)): file.read_text() for file in root.rglob("*") if file.is_file() and file.name != "candidate.json"}
+
+
+def leave_files(folder: Path) -> Path:
+    (folder / "plots").mkdir(parents=True)
+    (folder / "predictions.npz").write_text("numbers")
+    (folder / "plots" / "curve.svg").write_text("<svg/>")
+    return folder
+
+
+def test_the_files_of_a_trial_are_artifacts_of_its_run(paths, tmp_path):
+    tracker = make(paths)
+    tracker.record(trial(0), MEASURED, leave_files(tmp_path / "left"))
+    tracker.record(trial(1), MEASURED, tmp_path / "left nothing")
+    first, second = sorted(runs(paths), key=lambda run: run.data.tags["trial"])
+    assert files(paths, first) == {"predictions.npz": "numbers", "plots/curve.svg": "<svg/>"}
+    assert files(paths, second) == {}
+
+
+def test_files_go_to_a_store_that_is_no_local_folder_too(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "_local_folder", lambda uri: None)
+    tracker = make(paths)
+    tracker.record(trial(0), MEASURED, leave_files(tmp_path / "left"))
+    (run,) = runs(paths)
+    assert files(paths, run) == {"predictions.npz": "numbers", "plots/curve.svg": "<svg/>"}
+    assert tracking.fetch_artifact(mlflow_client(paths.mlflow_uri), run, "predictions.npz", tmp_path)
+    assert (tmp_path / "predictions.npz").read_text() == "numbers"
+    assert not tracking.fetch_artifact(mlflow_client(paths.mlflow_uri), run, "robustness.npz", tmp_path)
+
+
+def test_a_crash_between_the_files_and_the_end_of_the_run_is_made_good(paths, tmp_path, monkeypatch):
+    left = leave_files(tmp_path / "left")
+    first = make(paths)
+    monkeypatch.setattr(first, "_write_text", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        first.record(trial(0), MEASURED, left)
+    make(paths).record(trial(0), MEASURED, left)
+    (run,) = runs(paths)
+    assert run.info.status == "FINISHED"
+    assert files(paths, run) == {"predictions.npz": "numbers", "plots/curve.svg": "<svg/>"}
+
+
+def test_points_arrive_while_the_trial_runs(paths, monkeypatch):
+    tracker = make(paths)
+    tracker.open(trial(0))
+    for name in ("train_loss", "val_top1_pct"):
+        tracker.report(trial(0), name, 1.0, 0)
+    tracker.flush()
+    (run,) = runs(paths)
+    assert not run.data.metrics
+    monkeypatch.setattr(tracking, "FLUSH_INTERVAL_S", 0.0)
+    tracker.flush()
+    (run,) = runs(paths)
+    assert run.info.status == "RUNNING"
+    assert run.data.metrics == {"curve/train_loss": 1.0, "curve/val_top1_pct": 1.0}
+
+
+def test_a_run_that_was_open_before_learns_whose_measurement_it_was_given(paths):
+    first = make(paths)
+    first.open(trial(1))
+    first.close("KILLED")
+    make(paths).record(trial(1, reused_from=0, recipe_digest="abc"), MEASURED)
+    (run,) = runs(paths)
+    assert {"reused_from": "0", "recipe_digest": "abc"}.items() <= run.data.tags.items()
+
+
+def test_designs_stand_in_the_parent_run_before_any_trial(paths):
+    make(paths, designs={"train": {"name": "ablations"}})
+    (parent,) = runs(paths, "invocation")
+    assert json.loads(tracking.read_artifact(mlflow_client(paths.mlflow_uri), parent, "designs.json")) == {"train": {"name": "ablations"}}
+    assert parent.data.tags["designs"] == "train"

@@ -307,7 +307,7 @@ def test_short_train_without_a_recipe_says_what_is_missing(tiny_vit, digits, tmp
 
 @pytest.mark.gpu
 def test_a_network_learns_the_digits_on_the_gpu(tiny_vit, digits, tmp_path):
-    from workers.training import Process
+    from workers.distributed import Process
 
     trained = train(tiny_vit, THOROUGH, digits, workdir=tmp_path, process=Process(device="cuda"))
     logits = predict(trained.network, digits, digits.test, device="cuda")

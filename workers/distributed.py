@@ -1,139 +1,126 @@
-"""Several processes train one network: Ray Train starts them, and each runs the training that one process would run alone.
+"""Several processes, one device each, do one thing together: Ray Train starts them, and each runs what one process would run alone.
 
 The task that calls this holds no CPU and no GPU of its own: with one, it would wait for ever for workers that wait for it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from results.records import write_json_atomically
-from space.model import Model
-from space.recipe import Recipe
-from workers.checkpoints import load_model, save_model
-from workers.data import DataSet
-from workers.evaluator import EvaluationError, Report
-from workers.training import Process, Training, train
+from workers.evaluator import Context, EvaluationError, failure_kind
 
 MAX_LOSSES = 3
 RESULT = "distributed.json"
-WEIGHTS = "distributed.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shared:
-    """What every process is sent; `dataset` is a reference into Ray's object store."""
+class Process:
+    """Which of the processes that work together this is, and on what it computes."""
 
-    model: Model
-    recipe: Recipe
-    dataset: Any
-    device: str
-    num_threads: int
-    workdir: Path
-    report: Report
-    how: dict[str, Any]
+    device: str = "cpu"
+    rank: int = 0
+    world_size: int = 1
 
 
-def train_in_processes(
-    model: Model,
-    recipe: Recipe,
-    dataset: DataSet,
-    *,
-    num_processes: int,
-    workdir: Path,
-    device: str,
-    report: Report,
-    warn: Callable[[str], None],
-    **how: Any,
-) -> Training:
-    """`train` by `num_processes` processes, one device each, which see equal shares of every batch; `how` is passed on to it.
+ALONE = Process()
 
-    Call it from a task of the cluster; `workdir` must be a folder that all nodes share. A process that dies is replaced, with all
-    others going on from the last checkpoint, at most three times. Raises what `train` raises.
+
+def on_devices(function: Callable[[Process], Mapping[str, Any]], context: Context) -> Mapping[str, Any]:
+    """What `function` returns in the first of the processes that the trial has, each with its device; in this one if it has one.
+
+    `function` and what it returns, a JSON object, travel between processes when there are several.
+    """
+    if context.processes == 1:
+        return function(Process(device=context.device))
+    return in_processes(function, num_processes=context.processes, device=context.device, workdir=context.workdir)
+
+
+def in_processes(function: Callable[[Process], Mapping[str, Any]], *, num_processes: int, device: str, workdir: Path) -> dict[str, Any]:
+    """What `function` returns, a JSON object, in the first of `num_processes` processes that run it together.
+
+    Call it from a task of the cluster; `workdir` must be a folder that all nodes share. When a process dies all begin again, at most
+    three times, so `function` should go on from a checkpoint. Raises EvaluationError with the reason if it fails in any of them.
     """
     import ray
     import torch
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    workdir = workdir.absolute()
+    ray_files = workdir / "ray_train"
     (workdir / RESULT).unlink(missing_ok=True)
-    ray_files = workdir.absolute() / "ray_train"
-    shared = _Shared(
-        model=model,
-        recipe=recipe,
-        dataset=ray.put(dataset),
-        device=device,
-        num_threads=torch.get_num_threads(),
-        workdir=workdir.absolute(),
-        report=report,
-        how=how,
-    )
     needs = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
-    trainer = TorchTrainer(
-        _train_as_one_of_many,
-        train_loop_config={"shared": shared},
-        scaling_config=ScalingConfig(num_workers=num_processes, use_gpu=device == "cuda", resources_per_worker=needs),
-        run_config=RunConfig(storage_path=str(ray_files), failure_config=FailureConfig(max_failures=MAX_LOSSES)),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError:
-        if (failed := _read(workdir).get("failed")) is not None:
-            raise EvaluationError(failed["kind"], failed["message"]) from None
-        raise
-    found = _read(workdir)
-    for warning in found["warnings"]:
-        warn(warning)
-    network, _ = load_model(workdir / WEIGHTS, device)
-    (workdir / WEIGHTS).unlink()
+    work = _Work(ray.put(function), workdir / RESULT, device, torch.get_num_threads())
+    for num_losses in itertools.count():
+        trainer = TorchTrainer(
+            _run_as_one_of_many,
+            train_loop_config={"work": work},
+            scaling_config=ScalingConfig(num_workers=num_processes, use_gpu=device == "cuda", resources_per_worker=needs),
+            run_config=RunConfig(storage_path=str(ray_files)),
+        )
+        # Not Ray Train's own retries: it would repeat an error that comes again every time.
+        try:
+            trainer.fit()
+            break
+        except TrainingFailedError:
+            if (failed := _read(work.result).get("failed")) is not None:
+                raise EvaluationError(failed["kind"], failed["message"]) from None
+            if num_losses == MAX_LOSSES:
+                raise
     shutil.rmtree(ray_files, ignore_errors=True)
-    return Training(network=network, **found["training"])
+    return _read(work.result)["returned"]
 
 
-def _train_as_one_of_many(config: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class _Work:
+    """What every process is sent; `function` is a reference into Ray's object store."""
+
+    function: Any
+    result: Path
+    device: str
+    num_threads: int
+
+
+def _run_as_one_of_many(config: dict[str, Any]) -> None:
     import ray
     import torch
     from ray.train import get_context
 
-    shared: _Shared = config["shared"]
-    context = get_context()
-    rank = context.get_world_rank()
-    if failed := _read(shared.workdir).get("failed"):
-        # Ray Train replaces processes after any error; this one would come again.
-        raise EvaluationError(failed["kind"], failed["message"])
-    torch.set_num_threads(shared.num_threads)
-    os.environ["OMP_NUM_THREADS"] = str(shared.num_threads)
-    process = Process(device=shared.device, rank=rank, world_size=context.get_world_size())
-    warnings: list[str] = []
+    work: _Work = config["work"]
+    process = Process(device=work.device, rank=get_context().get_world_rank(), world_size=get_context().get_world_size())
+    torch.set_num_threads(work.num_threads)
+    os.environ["OMP_NUM_THREADS"] = str(work.num_threads)
     try:
-        training = train(
-            shared.model,
-            shared.recipe,
-            ray.get(shared.dataset),
-            workdir=shared.workdir,
-            process=process,
-            report=shared.report,
-            warn=warnings.append,
-            **shared.how,
-        )
-    except EvaluationError as error:
-        write_json_atomically(shared.workdir / RESULT, {"failed": {"kind": error.kind, "message": str(error)}})
+        function: Any = ray.get(work.function)
+        returned = function(process)
+    except Exception as error:
+        if not _is_loss_of_another(error):
+            message = str(error) if isinstance(error, EvaluationError) else traceback.format_exc()
+            write_json_atomically(work.result, {"failed": {"kind": failure_kind(error), "message": message}})
         raise
-    if rank == 0:
-        save_model(shared.workdir / WEIGHTS, training.network, shared.model)
-        measured = {name: value for name, value in vars(training).items() if name != "network"}
-        write_json_atomically(shared.workdir / RESULT, {"training": measured, "warnings": warnings})
+    if process.rank == 0:
+        write_json_atomically(work.result, {"returned": dict(returned)})
 
 
-def _read(workdir: Path) -> dict[str, Any]:
+def _is_loss_of_another(error: Exception) -> bool:
+    """Whether a process ended because one that it computes with had ended before."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error)
+
+
+def _read(result: Path) -> dict[str, Any]:
     try:
-        return json.loads((workdir / RESULT).read_text())
+        return json.loads(result.read_text())
     except OSError:
         return {}

@@ -11,27 +11,38 @@ import platform
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from results.records import Failure, FailureKind, Measurement, Outcome
-from space.registry import SpecError
+from results.records import Failure, Measurement, Outcome
+from space.model import Model
 from space.search_space import Candidate
 from space.spec import digest_of
-from workers.evaluator import Call, Context, EvaluationError, Report, report_nothing
+from workers.data import DataSet, load_dataset
+from workers.distributed import Process, in_processes
+from workers.evaluator import Call, Context, EvaluationError, Report, failure_kind, report_nothing
 
 POISONED_DEVICE = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
 """Words of the CUDA errors after which a process can no longer use its device."""
+
+
+@dataclass(frozen=True)
+class EarlierTrial:
+    """The best trial of an earlier phase: where its files lie, and the key of its measurement."""
+
+    workdir: Path
+    key: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What a worker is sent: a candidate, how it is measured, and where its files go.
 
-    `data_fingerprint` stands for the contents behind `data` in the measurement's identity. `time_limit_s` is enforced
-    by the pool, which can end a worker that hangs in native code.
+    `data_fingerprint` stands for the contents behind `data` in the measurement's identity. `gpus` are those of each of the
+    `processes`. `time_limit_s` is enforced by the pool, which can end a worker that hangs in native code.
     """
 
     trial: int
@@ -41,16 +52,29 @@ class Job:
     data: str
     data_fingerprint: str
     workdir: Path
+    earlier: Mapping[str, EarlierTrial] = field(default_factory=dict)
     num_threads: int = 1
     gpus: float = 0.0
+    processes: int = 1
     time_limit_s: float | None = None
+
+    @property
+    def needs_dataset(self) -> bool:
+        return any(call.evaluator.needs_dataset for call in self.calls)
 
     @cached_property
     def key(self) -> str:
         """The identity of the measurement: equal keys would give equal values."""
         subjects = [(call.evaluator.name, call.digest, subject_of(call, self.candidate).digest) for call in self.calls]
         data = self.data_fingerprint if any(call.evaluator.uses_data for call in self.calls) else ""
-        return digest_of([self.candidate.model.digest, subjects, data, self.seed, self.num_threads, self.gpus > 0])
+        identity = [self.candidate.model.digest, subjects, data, self.seed, self.num_threads, self.gpus > 0]
+        if self.candidate.recipe is not None:
+            identity.append(self.candidate.recipe.digest)
+        if self.processes > 1:
+            identity.append({"processes": self.processes})
+        if self.earlier:
+            identity.append({phase: trial.key for phase, trial in sorted(self.earlier.items())})
+        return digest_of(identity)
 
 
 def subject_of(call: Call, candidate: Candidate):
@@ -58,23 +82,39 @@ def subject_of(call: Call, candidate: Candidate):
     return candidate.scored if call.evaluator.subject == "proxy" else candidate.model
 
 
-def evaluate(job: Job, report: Report = report_nothing) -> Outcome:
-    """Run the job's evaluators in order and return their metrics, or the reason there are none."""
+def evaluate(job: Job, report: Report = report_nothing, dataset: DataSet | None = None) -> Outcome:
+    """Run the job's evaluators in order and return their metrics, or the reason there are none.
+
+    `dataset` is the job's, where the caller has it already; else it is loaded if an evaluator needs it.
+    """
     started = time.perf_counter()
     device = "cuda" if job.gpus > 0 else "cpu"
     warnings: list[str] = []
-    context = Context(seed=job.seed, data=job.data, device=device, workdir=job.workdir, report=report, warn=warnings.append)
     values: dict[str, float] = {}
     try:
         if not all(call.evaluator.is_free for call in job.calls):
             _set_num_threads(job.num_threads)
+        if dataset is None and job.needs_dataset:
+            dataset = load_dataset(job.data, img_size=job.candidate.model.img_size)
+        context = Context(
+            seed=job.seed,
+            data=job.data,
+            dataset=dataset,
+            recipe=job.candidate.recipe,
+            earlier={phase: trial.workdir for phase, trial in job.earlier.items()},
+            device=device,
+            processes=job.processes,
+            workdir=job.workdir,
+            report=report,
+            warn=warnings.append,
+        )
         for call in job.calls:
-            measured = call.evaluator.function(subject_of(call, job.candidate), context, call.settings)
+            measured = _measure(call, subject_of(call, job.candidate), context)
             _check(call, measured)
             values |= {name: float(value) for name, value in measured.items()}
     except Exception as error:
         return Failure(
-            kind=_failure_kind(error),
+            kind=failure_kind(error),
             message=f"{type(error).__name__}: {error}".split("\n")[0][:500],
             traceback=traceback.format_exc(),
             elapsed_s=time.perf_counter() - started,
@@ -82,12 +122,29 @@ def evaluate(job: Job, report: Report = report_nothing) -> Outcome:
     return Measurement(
         values=values,
         elapsed_s=time.perf_counter() - started,
-        device=device_name(device),
+        device=device_name(device) if job.processes == 1 else f"{job.processes} x {device}",
         versions=software_versions(),
         seed=job.seed,
         num_threads=job.num_threads,
         warnings=tuple(warnings),
     )
+
+
+def _measure(call: Call, model: Model, context: Context) -> Mapping[str, float]:
+    if context.processes == 1 or call.evaluator.is_free or call.evaluator.uses_processes:
+        return call.evaluator.function(model, context, call.settings)
+    # This process only coordinates: it has no device, and another one must be given it.
+    sent = replace(context, processes=1, warn=Context.warn)
+    done = in_processes(partial(_measure_alone, call, model, sent), num_processes=1, device=context.device, workdir=context.workdir)
+    for warning in done["warnings"]:
+        context.warn(warning)
+    return done["measured"]
+
+
+def _measure_alone(call: Call, model: Model, context: Context, process: Process) -> dict[str, Any]:
+    warnings: list[str] = []
+    measured = call.evaluator.function(model, replace(context, device=process.device, warn=warnings.append), call.settings)
+    return {"measured": dict(measured), "warnings": warnings}
 
 
 def poisons_device(outcome: Outcome) -> bool:
@@ -130,14 +187,3 @@ def _check(call: Call, measured: Mapping[str, float]) -> None:
     for name, value in measured.items():
         if not math.isfinite(value):
             raise EvaluationError("non_finite", f"{name} is {value}")
-
-
-def _failure_kind(error: Exception) -> FailureKind:
-    if isinstance(error, EvaluationError):
-        return error.kind
-    if isinstance(error, SpecError):
-        return "illegal"
-    # torch raises a bare RuntimeError when the host allocator fails, torch.OutOfMemoryError when the device's does.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        return "out_of_memory"
-    return "error"

@@ -1,7 +1,7 @@
 """The contract of an evaluator: a plain function from a model to metrics, with its needs declared beside it.
 
     @evaluator("as_vit", metrics=(Metric("length_distortion", "maximize"), ...), settings=AsVitSettings)
-    def as_vit(model: ArchSpec, context: Context, settings: AsVitSettings) -> Mapping[str, float]: ...
+    def as_vit(model: Model, context: Context, settings: AsVitSettings) -> Mapping[str, float]: ...
 
 It may raise `EvaluationError` with a failure kind; anything else it raises is recorded as `error` with its traceback.
 Equal calls give equal bits: it may depend on nothing but the model, the settings, the data, the seed and the number
@@ -15,11 +15,22 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from results.records import FailureKind, Metric
+from space.model import Model
+from space.recipe import Recipe
 from space.registry import Registry, SpecError, unknown_name
-from space.spec import ArchSpec, digest_of
+from space.spec import digest_of
+
+if TYPE_CHECKING:
+    from workers.data import DataSet
+
+ARTIFACTS = "artifacts"
+"""The folder of a trial's work directory whose files go to MLflow."""
+
+PROGRESS = "progress"
+"""A report of this name is not a curve but the share of the trial that is done, from 0 to 1."""
 
 
 class EvaluationError(Exception):
@@ -28,6 +39,18 @@ class EvaluationError(Exception):
     def __init__(self, kind: FailureKind, message: str):
         super().__init__(message)
         self.kind: FailureKind = kind
+
+
+def failure_kind(error: Exception) -> FailureKind:
+    """What kind of failure a trial that ends with this exception is."""
+    if isinstance(error, EvaluationError):
+        return error.kind
+    if isinstance(error, SpecError):
+        return "illegal"
+    # torch raises a bare RuntimeError when the host allocator fails, torch.OutOfMemoryError when the device's does.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return "out_of_memory"
+    return "error"
 
 
 class Report(Protocol):
@@ -42,11 +65,21 @@ def report_nothing(name: str, value: float, step: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What an evaluator may use beside the model: `data` names the images, `workdir` outlives a lost worker."""
+    """What an evaluator may use beside the model.
+
+    `data` names the images; `dataset` holds all of them for an evaluator that declares `needs_dataset`. `workdir` outlives a lost
+    worker; what an evaluator leaves in its folder `artifacts` goes to MLflow with the trial. `earlier` gives the
+    work directory of the best trial of each earlier phase that the phase needs. With `processes` above 1 the evaluator coordinates
+    so many, each on a `device` of its own, and computes nothing on this process's.
+    """
 
     seed: int
     data: str = "digits"
+    dataset: DataSet | None = None
+    recipe: Recipe | None = None
+    earlier: Mapping[str, Path] = field(default_factory=dict)
     device: str = "cpu"
+    processes: int = 1
     workdir: Path = Path(".")
     report: Report = report_nothing
     warn: Callable[[str], None] = lambda message: None
@@ -57,7 +90,7 @@ class NoSettings:
     """The settings of an evaluator that has none."""
 
 
-Function = Callable[[ArchSpec, Context, Any], Mapping[str, float]]
+Function = Callable[[Model, Context, Any], Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +98,9 @@ class Evaluator:
     """A registered function with what it measures and what it needs.
 
     `is_free` marks one that costs microseconds and needs no image: a study of nothing else needs no cluster. `subject` says which
-    network of a candidate it looks at: the real one that is reported, or the proxy that is scored in its place.
+    network of a candidate it looks at: the real one that is reported, or the proxy that is scored in its place. `needs_dataset`
+    asks for the whole labelled set, which workers share, where `uses_data` alone means a sample it loads by itself. One that
+    `uses_processes` spreads its work over those of the trial (`workers.distributed.on_devices`); any other is run by one of them.
     """
 
     name: str
@@ -75,6 +110,8 @@ class Evaluator:
     subject: Literal["model", "proxy"] = "model"
     is_free: bool = False
     uses_data: bool = False
+    needs_dataset: bool = False
+    uses_processes: bool = False
     is_deterministic: bool = True
     cpus: float = 1.0
     gpus: float = 0.0

@@ -11,7 +11,9 @@ from workers.data import DataSet
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, dataset: DataSet, indices: np.ndarray, *, device: str, batch_size: int = 256) -> np.ndarray:
+def predict(
+    network: nn.Module, dataset: DataSet, indices: np.ndarray, *, device: str, batch_size: int = 256, num_loader_workers: int = 0
+) -> np.ndarray:
     """Logits `(len(indices), num_classes)`, float32, of the un-augmented images in the order of `indices`.
 
     Taken in evaluation mode, in which the network is left as it was found.
@@ -19,7 +21,7 @@ def predict(network: nn.Module, dataset: DataSet, indices: np.ndarray, *, device
     was_training = network.training
     network.eval()
     try:
-        batches = evaluation_batches(dataset, indices, device=device, batch_size=batch_size)
+        batches = evaluation_batches(dataset, indices, device=device, batch_size=batch_size, num_workers=num_loader_workers)
         return torch.cat([network(batch.images).float() for batch in batches]).cpu().numpy()
     finally:
         network.train(was_training)

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from results.records import Failure, Outcome
+from workers.data import DataSet, load_dataset
 from workers.evaluate import Job, evaluate, poisons_device
 
 
 class PoolError(ValueError):
-    """The workers cannot be had: the message says what is missing and what to do."""
+    """The workers, or the data they share, cannot be had: the message says what is missing and what to do."""
 
 
 @dataclass(frozen=True)
@@ -94,21 +95,29 @@ class _Flight:
 
 @dataclass(kw_only=True)
 class RayPool:
-    """Runs jobs as Ray tasks of `cpus`, `gpus` and `memory_mb` each, as many at a time as the cluster holds.
+    """Runs jobs as Ray tasks, as many at a time as the cluster holds.
+
+    A job takes `cpus`, `gpus` and `memory_mb`, once for each of its `processes`; with several, its task coordinates them and
+    takes nothing itself, else those would wait for what it holds.
 
     `address` is Ray's: "local" starts a cluster of this machine's cores for this process alone, "auto" joins the running
     one. Ray retries nothing (`max_retries=0`); a job whose worker or node died is resubmitted here, into the same
     workdir, at most `max_losses` times. `max_workers` caps the jobs in flight and, on a cluster that grows on demand,
     is what is asked of it.
+
+    The data set of the jobs that need one is decoded by one task per image size and shared through the object store: on each
+    node all workers read the same memory. Ray decodes it again when its node is lost.
     """
 
     address: str
     cpus: float
     gpus: float = 0.0
     memory_mb: int = 0
+    processes: int = 1
     max_workers: int | None = None
     max_losses: int = 3
     _flights: dict[Any, _Flight] = field(default_factory=dict)
+    _datasets: dict[tuple[str, int], Any] = field(default_factory=dict)
     _capacity: tuple[float, int] = (float("-inf"), 0)
 
     def __post_init__(self) -> None:
@@ -119,23 +128,29 @@ class RayPool:
         if not ray.is_initialized():
             _connect(self.address)
         self._mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).options(scheduling_strategy=_on_this_node(), max_restarts=-1).remote()
-        self._remote: Any = ray.remote(max_retries=0, max_calls=0)(_run_job).options(
-            num_cpus=self.cpus, num_gpus=self.gpus, memory=self.memory_mb * 2**20 or None
-        )
+        takes = {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": self.memory_mb * 2**20 or None}
+        if self.processes > 1:
+            takes = {"num_cpus": 0, "num_gpus": 0}
+        self._remote: Any = ray.remote(max_retries=0, max_calls=0)(_run_job).options(**takes)
+        # Takes no CPU: with every core given to jobs it could never start, and they wait for it.
+        self._load: Any = ray.remote(num_cpus=0)(_load_dataset)
         if self.capacity() == 0:
             need = f"{self.cpus:g} CPU, {self.gpus:g} GPU and {self.memory_mb} MB of memory"
+            if self.processes > 1:
+                raise PoolError(f"the cluster lacks {self.processes} times the {need} that one trial needs; nodes: {_describe_nodes()}")
             raise PoolError(f"no node of the cluster has the {need} that one trial needs; nodes: {_describe_nodes()}")
 
     def capacity(self) -> int:
         read_at, capacity = self._capacity
         if time.monotonic() - read_at > 2.0:
-            capacity = sum(self._fits(node) for node in _alive_nodes())
+            capacity = sum(self._fits(node) for node in _alive_nodes()) // self.processes
             if self.max_workers is not None:
                 capacity = self.max_workers if not self._owns_cluster else min(capacity, self.max_workers)
             self._capacity = time.monotonic(), capacity
         return capacity
 
     def _fits(self, resources: dict[str, float]) -> int:
+        """Processes that a node has room for; those of one trial may be on several nodes."""
         fits = [resources.get("CPU", 0) / self.cpus] if self.cpus else []
         fits += [resources.get("GPU", 0) / self.gpus] if self.gpus else []
         fits += [resources.get("memory", 0) / (self.memory_mb * 2**20)] if self.memory_mb else []
@@ -146,7 +161,30 @@ class RayPool:
 
     def _fly(self, flight: _Flight) -> None:
         flight.started_at = None
-        self._flights[self._remote.remote(flight.job, self._mailbox)] = flight
+        self._flights[self._remote.remote(flight.job, self._mailbox, self._dataset(flight.job))] = flight
+
+    def _dataset(self, job: Job) -> Any:
+        """The data set as a task's argument, which Ray hands over when it is there; None for a job that needs none."""
+        if not job.needs_dataset:
+            return None
+        source = job.data, job.candidate.model.img_size
+        if source not in self._datasets:
+            self._datasets[source] = self._load.remote(*source)
+        return self._datasets[source]
+
+    def _check_dataset(self, job: Job) -> None:
+        """Raise PoolError if the data set could not be loaded for a reason that no other job would escape."""
+        import ray
+        from ray.exceptions import RayTaskError
+
+        dataset = self._dataset(job)
+        if dataset is None or not ray.wait([dataset], timeout=0)[0]:
+            return
+        try:
+            ray.get(dataset)
+        except RayTaskError as error:
+            if isinstance(error.cause, ValueError):
+                raise PoolError(str(error.cause)) from error
 
     def poll(self, timeout_s: float) -> list[Event]:
         import ray
@@ -165,7 +203,7 @@ class RayPool:
 
     def _land(self, ref: Any, flight: _Flight) -> list[Event]:
         import ray
-        from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+        from ray.exceptions import ObjectLostError, OutOfMemoryError, RayError, RayTaskError
 
         trial = flight.job.trial
         try:
@@ -173,11 +211,14 @@ class RayPool:
         except OutOfMemoryError as error:
             return [Finished(trial, Failure(kind="out_of_memory", message=_first_line(error), traceback=str(error)))]
         except RayTaskError as error:
+            self._check_dataset(flight.job)
             return [Finished(trial, Failure(kind="error", message=_first_line(error.cause), traceback=str(error)))]
         except RayError as error:
             if flight.timed_out:
                 message = f"not finished after its time limit of {flight.job.time_limit_s:g} s"
                 return [Finished(trial, Failure(kind="timeout", message=message))]
+            if isinstance(error, ObjectLostError):
+                self._datasets.clear()
             flight.num_losses += 1
             if flight.num_losses > self.max_losses:
                 message = f"its worker or node died {flight.num_losses} times; last: {type(error).__name__}"
@@ -244,10 +285,14 @@ class _Mailbox:
         return letters
 
 
-def _run_job(job: Job, mailbox: Any) -> Outcome:
+def _load_dataset(source: str, img_size: int) -> DataSet:
+    return load_dataset(source, img_size=img_size)
+
+
+def _run_job(job: Job, mailbox: Any, dataset: DataSet | None) -> Outcome:
     mailbox.put.remote("started", job.trial)
     report: Callable[[str, float, int], None] = lambda name, value, step: mailbox.put.remote("reported", job.trial, name, value, step)  # noqa: E731
-    outcome = evaluate(job, report)
+    outcome = evaluate(job, report, dataset)
     if poisons_device(outcome):
         import ray
 

@@ -27,6 +27,7 @@ from space.spec import ArchSpec, digest_of
 from workers.batches import TrainingBatches
 from workers.checkpoints import latest_checkpoint, remove_checkpoints, save_checkpoint
 from workers.data import DataSet
+from workers.distributed import ALONE, Process
 from workers.evaluator import PROGRESS, EvaluationError, Report, report_nothing
 from workers.inference import mean_nll, predict, top1_pct
 from workers.mixing import Mixer, make_mixer
@@ -36,14 +37,8 @@ FINITE_CHECK_STEPS = 50
 
 PROGRESS_EVERY_S = 1.0
 
-
-@dataclass(frozen=True, kw_only=True)
-class Process:
-    """Which of the processes that train one network together this is, and on what it computes."""
-
-    device: str = "cpu"
-    rank: int = 0
-    world_size: int = 1
+CHECKPOINTS = "checkpoints"
+"""The folder of a training's work directory that holds its checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +59,7 @@ def train(
     dataset: DataSet,
     *,
     workdir: Path,
-    process: Process = Process(),
+    process: Process = ALONE,
     report: Report = report_nothing,
     warn: Callable[[str], None] = lambda message: None,
     num_loader_workers: int = 0,
@@ -154,9 +149,9 @@ class _Run:
         checkpoint_every_s: float,
     ):
         self.model, self.recipe, self.dataset, self.process = model, recipe, dataset, process
-        self.folder = workdir / "checkpoints"
+        self.folder = workdir / CHECKPOINTS
         self.report = report if process.rank == 0 else report_nothing
-        self.checkpoint_every_s = checkpoint_every_s
+        self.num_loader_workers, self.checkpoint_every_s = num_loader_workers, checkpoint_every_s
         self.batches = TrainingBatches(
             dataset, recipe, device=process.device, rank=process.rank, world_size=process.world_size, num_workers=num_loader_workers
         )
@@ -286,7 +281,7 @@ class _Run:
         if self.process.rank:
             return
         network = self.network if self.average is None else self.average.module
-        logits = predict(network, self.dataset, self.dataset.val, device=self.process.device)
+        logits = predict(network, self.dataset, self.dataset.val, device=self.process.device, num_loader_workers=self.num_loader_workers)
         labels = self.dataset.labels[self.dataset.val]
         shown = {
             "train_loss": self.train_loss,

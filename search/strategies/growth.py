@@ -103,6 +103,9 @@ class Growth:
             return None
         return [self._point(size) for size in growing.wanted]
 
+    def num_total(self, study: optuna.Study) -> None:
+        """Unknown: every round decides which candidates the next one has."""
+
     def family(self, study: optuna.Study) -> list[FrozenTrial]:
         """The winner of every finished round in order: the seed, then each scaled network."""
         return self._grow(study).winners

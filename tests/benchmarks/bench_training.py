@@ -30,7 +30,8 @@ from space.model import Model, build_model
 from space.recipe import Recipe
 from workers.batches import TrainingBatches
 from workers.data import IMAGENET_MEAN, IMAGENET_STD, DataSet
-from workers.training import Process, make_optimizer, precision, train
+from workers.distributed import Process
+from workers.training import make_optimizer, precision, train
 
 MODEL = "vit_cifar"
 LOADER_PROCESSES = (0, 1, 2)

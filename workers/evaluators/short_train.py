@@ -5,24 +5,27 @@ Selection looks at the validation part; the test part is reported, at the last e
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from results.records import Metric, write_bytes_atomically, write_json_atomically
 from space.model import Model
+from space.recipe import Recipe
 from space.registry import SpecError
 from space.spec import digest_of
 from workers.checkpoints import remove_checkpoints, save_model
-from workers.distributed import train_in_processes
-from workers.evaluator import ARTIFACTS, Context, evaluator
+from workers.data import DataSet
+from workers.distributed import Process, on_devices
+from workers.evaluator import ARTIFACTS, Context, Report, evaluator
 from workers.inference import mean_nll, predict, top1_pct
-from workers.training import Process, train
+from workers.training import CHECKPOINTS, train
 
 WEIGHTS = "model.pt"
 PREDICTIONS = "predictions.npz"
@@ -49,6 +52,7 @@ class ShortTrainSettings:
     settings=ShortTrainSettings,
     uses_data=True,
     needs_dataset=True,
+    uses_processes=True,
     memory_mb=2000,
 )
 def short_train(model: Model, context: Context, settings: ShortTrainSettings) -> Mapping[str, float]:
@@ -61,18 +65,43 @@ def short_train(model: Model, context: Context, settings: ShortTrainSettings) ->
         return values
     for warning in dataset.warnings:
         context.warn(warning)
+    work = partial(
+        _train_and_judge,
+        model=model,
+        recipe=recipe,
+        dataset=dataset,
+        workdir=context.workdir.absolute(),
+        report=context.report,
+        settings=settings,
+    )
+    done = on_devices(work, context)
+    for warning in done["warnings"]:
+        context.warn(warning)
+    write_json_atomically(context.workdir / FINISHED, {"identity": identity, "values": done["values"]})
+    remove_checkpoints(context.workdir / CHECKPOINTS)
+    return done["values"]
+
+
+def _train_and_judge(
+    process: Process, *, model: Model, recipe: Recipe, dataset: DataSet, workdir: Path, report: Report, settings: ShortTrainSettings
+) -> dict[str, Any]:
+    """Train; in the first process also judge the network and write what the trial leaves."""
+    warnings: list[str] = []
+    training = train(model, recipe, dataset, workdir=workdir, process=process, report=report, warn=warnings.append, **asdict(settings))
+    if process.rank:
+        return {}
+    parts = {"val": dataset.val, "test": dataset.test}
+    labels = {part: dataset.labels[indices] for part, indices in parts.items()}
+    logits = {
+        part: predict(training.network, dataset, indices, device=process.device, num_loader_workers=settings.num_loader_workers)
+        for part, indices in parts.items()
+    }
     if dataset.skipped:
+        # A set that is streamed knows its damaged files only now.
         named = ", ".join(dataset.skipped[:5]) + (", ..." if len(dataset.skipped) > 5 else "")
-        context.warn(f"data {context.data!r}: skipped as damaged ({len(dataset.skipped)}): {named}")
-    how = {"workdir": context.workdir, "report": context.report, "warn": context.warn, **dataclasses.asdict(settings)}
-    if context.processes > 1:
-        training = train_in_processes(model, recipe, dataset, num_processes=context.processes, device=context.device, **how)
-    else:
-        training = train(model, recipe, dataset, process=Process(device=context.device), **how)
-    logits = {part: predict(training.network, dataset, getattr(dataset, part), device=context.device) for part in ("val", "test")}
-    labels = {part: dataset.labels[getattr(dataset, part)] for part in logits}
-    write_predictions(context.workdir / ARTIFACTS / PREDICTIONS, dataset.test, labels["test"], logits["test"])
-    save_model(context.workdir / WEIGHTS, training.network, model)
+        warnings.append(f"data {dataset.source!r}: skipped as damaged ({len(dataset.skipped)}): {named}")
+    write_predictions(workdir / ARTIFACTS / PREDICTIONS, dataset.test, labels["test"], logits["test"])
+    save_model(workdir / WEIGHTS, training.network, model)
     values = {
         "val_top1_pct": top1_pct(logits["val"], labels["val"]),
         "val_nll": mean_nll(logits["val"], labels["val"]),
@@ -80,9 +109,7 @@ def short_train(model: Model, context: Context, settings: ShortTrainSettings) ->
         "test_nll": mean_nll(logits["test"], labels["test"]),
         "train_loss": training.train_loss,
     }
-    write_json_atomically(context.workdir / FINISHED, {"identity": identity, "values": values})
-    remove_checkpoints(context.workdir / "checkpoints")
-    return values
+    return {"values": values, "warnings": warnings}
 
 
 def write_predictions(path: Path, ids: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> None:

@@ -1,0 +1,69 @@
+"""A list of points, each measured once: for factorial designs, where every cell counts whatever the others gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from results.records import DETERMINISTIC_FAILURES
+from search.study import RESULT_ATTRIBUTE
+from space.component import Scalar
+
+Point = tuple[tuple[str, Scalar], ...]
+
+
+class Grid:
+    """Proposer of the given `points`, in their order, in one round.
+
+    A point that the study holds already is not proposed again, unless all it met were failures that need not repeat: timeouts,
+    lost workers. One instance proposes a point once, so those are tried again by the next start. A longer list extends the study.
+    """
+
+    def __init__(self, points: Sequence[Mapping[str, Scalar]]):
+        self.ended = ""
+        self._points = {_point(params): dict(params) for params in points}
+        self._proposed: set[Point] = set()
+
+    def next_batch(self, study: optuna.Study) -> list[Mapping[str, Scalar]] | None:
+        """The points not yet in the study; None when there are none."""
+        wanted = self._wanted(study)
+        self._proposed.update(wanted)
+        if wanted:
+            return [self._points[point] for point in wanted]
+        complete = {_asked(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
+        num_measured = sum(point in complete for point in self._points)
+        lacking = f", {len(self._points) - num_measured} could not be" if num_measured < len(self._points) else ""
+        self.ended = f"{num_measured} of its {len(self._points)} points are measured{lacking}"
+        return None
+
+    def num_total(self, study: optuna.Study) -> int:
+        """Trials that are complete, in flight or still to be proposed; those beyond this list, of earlier starts, included."""
+        trials = study.get_trials(deepcopy=False)
+        unfinished = sum(trial.state == TrialState.COMPLETE or not trial.state.is_finished() for trial in trials)
+        return unfinished + len(self._wanted(study))
+
+    def family(self, study: optuna.Study) -> list[FrozenTrial]:
+        """Empty: a grid chooses nothing."""
+        return []
+
+    def _wanted(self, study: optuna.Study) -> list[Point]:
+        held = {_asked(trial) for trial in study.get_trials(deepcopy=False) if _counts(trial)}
+        return [point for point in self._points if point not in held and point not in self._proposed]
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    """Whether the trial settles its point, or will."""
+    if trial.state != TrialState.FAIL:
+        return True
+    return trial.user_attrs.get(RESULT_ATTRIBUTE, {}).get("failure") in DETERMINISTIC_FAILURES
+
+
+def _asked(trial: FrozenTrial) -> Point:
+    # A trial that is only enqueued, or half suggested when its driver was lost, has its point here.
+    return _point({**trial.system_attrs.get("fixed_params", {}), **trial.params})
+
+
+def _point(params: Mapping[str, Scalar]) -> Point:
+    return tuple(sorted(params.items()))

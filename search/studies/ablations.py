@@ -1,0 +1,354 @@
+"""Which pooling, which mixing augmentation and which optimizer pay off: one factor changed at a time, seeds paired.
+
+    search/run.py ablations --factor pooling --factor mixing --factor optimizer --data digits --seeds 3 --epochs 20
+
+Every factor starts from the same reference: class-token pooling, no mixing, AdamW. A level changes exactly one thing; all
+poolings keep the class token in the sequence. Seeds are paired: a seed is the same initial weights, the same order of the
+images and the same augmentation in every level. The cell of a factor, a level and a seed is one trial; cells that are equal,
+such as the reference in all factors, are measured once and told again.
+
+What is tested is fixed before the first trial (`Design`, in Optuna's study and the parent run): one primary contrast for each
+factor, every other level against the reference, Holm-corrected. Selection would look at the validation part; effects are
+those on test images. The study may be extended by factors, levels and seeds under the same name; the report then says in
+how many looks the data came.
+
+`--linear-probe` adds two phases: `backbone` trains the reference once, `probe` trains nothing but pooling and head on its
+frozen tokens, under many seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from results.records import Metric
+from search.study import Phase, RunSettings, SettingsError, Study, study
+from space import catalog
+from space.model import Model, supports_class_row
+from space.recipe import Recipe
+from space.registry import SpecError, unknown_name
+from space.search_space import Axis, Candidate, SearchSpace
+from space.spec import ArchSpec, Component, full_choices
+
+if TYPE_CHECKING:
+    from results.effects import Contrast, Design
+
+LEVELS: dict[str, tuple[str, ...]] = {
+    "pooling": ("class_token", "mean", "relu_mean", "max", "gem", "ggem_frozen", "ggem"),
+    "mixing": ("none", "mixup", "cutmix", "mixup_cutmix", "patch_mixing", "mask_mix", "transmix", "mixpro"),
+    "optimizer": ("adamw", "lion", "lamb", "sgd"),
+}
+"""The levels of each factor, the reference's first. New ones are appended: a study holds them by name."""
+
+ATTENTION_MIXING = ("transmix", "mixpro")
+MAX_SEED = 10_000
+
+LR_SCALES = {
+    "adamw": 1.0,
+    # `Recipe` itself turns AdamW's rates into Lion's.
+    "lion": 1.0,
+    # DeiT trains with AdamW at 1e-3 (https://arxiv.org/abs/2012.12877), DeiT III with LAMB at 3e-3 (https://arxiv.org/abs/2204.07118).
+    "lamb": 3.0,
+    # ViT is trained with Adam at 1e-3 and tuned by SGD with momentum at 3e-2 (https://arxiv.org/abs/2010.11929, tables 3 and 4).
+    "sgd": 30.0,
+}
+"""The learning rate of each optimizer relative to AdamW's; weight decay is divided by it, so that their product stays."""
+
+ROBUSTNESS = ("patch_mix_fine_auc", "patch_mix_coarse_auc", "patch_drop_auc", "permutation_auc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationOptions:
+    """What is compared, and how long each cell is trained."""
+
+    factor: tuple[str, ...] = field(default=(), metadata={"help": f"what is varied, of {', '.join(LEVELS)}; repeatable; default: all"})
+    level: tuple[str, ...] = field(default=(), metadata={"help": "FACTOR=LEVEL: only these levels beside the reference; repeatable"})
+    seeds: int = field(default=3, metadata={"help": "paired trainings of each level, counting from --seed; 0: the linear probe alone"})
+    epochs: int = field(default=20, metadata={"help": "of each training"})
+    model: str = field(default="", metadata={"help": "as for describe; default: vit_digits for digits, else vit_cifar"})
+    batch_size: int = field(default=0, metadata={"help": "images per step; 0: 32 for digits, else 128"})
+    lr: float = field(default=0.0, metadata={"help": "AdamW's learning rate, from which the others' follow; 0: 3e-3 for digits, else 1e-3"})
+    robustness: bool = field(default=False, metadata={"help": "also measure robustness curves of every network"})
+    linear_probe: bool = field(default=False, metadata={"help": "also compare the poolings on a frozen backbone"})
+    probe_seeds: int = field(default=20, metadata={"help": "trainings of each pooling on the frozen backbone"})
+
+    def __post_init__(self) -> None:
+        for factor in self.factor:
+            if factor not in LEVELS:
+                raise unknown_name("factor", factor, LEVELS, "--factor")
+        for text in self.level:
+            factor, equals, level = text.partition("=")
+            if not equals or factor not in LEVELS:
+                raise SpecError(f"--level {text!r}; FACTOR=LEVEL is expected, of factors {', '.join(LEVELS)}")
+            if level not in LEVELS[factor]:
+                raise unknown_name(f"level of {factor}", level, LEVELS[factor], "--level")
+            if factor not in self.factors:
+                raise SpecError(f"--level {text!r}, but --factor names only {', '.join(self.factors)}")
+        for name, least in (("seeds", 0), ("probe_seeds", 1), ("epochs", 1), ("batch_size", 0), ("lr", 0)):
+            if getattr(self, name) < least:
+                raise SpecError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is expected")
+        if self.seeds == 0 and not self.linear_probe:
+            raise SpecError("--seeds 0 leaves nothing to train; it is meant for --linear-probe")
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Those that are varied, in the order of `LEVELS`."""
+        return tuple(factor for factor in LEVELS if not self.factor or factor in self.factor)
+
+    def is_named(self, factor: str, level: str) -> bool:
+        return f"{factor}={level}" in self.level
+
+    def wanted(self, factor: str) -> tuple[str, ...]:
+        """The reference's level and, of the others, those named or, where none is, all."""
+        baseline, *others = LEVELS[factor]
+        return (baseline, *([level for level in others if self.is_named(factor, level)] or others))
+
+
+@study("ablations", options=AblationOptions)
+def ablations(run: RunSettings) -> Study:
+    """Compare poolings, mixing augmentations and optimizers by paired trainings."""
+    options: AblationOptions = run.options
+    _refuse_flags_without_meaning(run)
+    reference = reference_candidate(run, options)
+    levels, notes = chosen_levels(options, reference.model)
+    seeds = _seeds(run.seed, options.seeds)
+    space = ablation_space(reference, LEVELS)
+    phases = [
+        Phase(
+            name="train",
+            space=space,
+            evaluators=(run.call("short_train"), *((run.call("robustness"),) if options.robustness else ())),
+            objectives=("val_top1_pct",),
+            propose=_grid(cells(levels, seeds)),
+        )
+    ]
+    designs: dict[str, Design] = {}
+    if options.seeds:
+        designs["train"] = ablation_design(levels, reference.model, has_robustness=options.robustness)
+    if options.linear_probe:
+        if reason := _why_not("pooling", "mean", reference.model):
+            raise SettingsError(f"--linear-probe compares poolings, and {reason}")
+        poolings = {"pooling": options.wanted("pooling")}
+        phases += _probe_phases(run, reference, cells(poolings, _seeds(run.seed, options.probe_seeds)))
+        designs["probe"] = ablation_design(poolings, reference.model, has_robustness=False)
+    return Study(phases=tuple(phases), designs=designs, notes=tuple(notes))
+
+
+def _refuse_flags_without_meaning(run: RunSettings) -> None:
+    for name in ("num_trials", "strategy", "proxy_img_size", "max_params_m", "max_gmacs"):
+        if getattr(run, name) is not None:
+            flag = "--trials" if name == "num_trials" else f"--{name.replace('_', '-')}"
+            raise SettingsError(f"{flag} means nothing here: factors, levels and seeds say what is trained")
+
+
+def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate:
+    """What every level departs from, in one thing."""
+    is_digits = run.data == "digits"
+    name = options.model or ("vit_digits" if is_digits else "vit_cifar")
+    model = catalog.resolve(name)
+    if run.img_size is not None:
+        model = replace(model, img_size=run.img_size)
+    if (num_classes := _num_classes(run.data)) > 1:
+        model = replace(model, num_classes=num_classes)
+    if isinstance(model, ArchSpec) and model.prefix is not None and model.prefix.name == "class_token":
+        model = replace(model, pooling=Component("class_token"))
+    lr = options.lr or (3e-3 if is_digits else 1e-3)
+    recipe = Recipe(
+        epochs=options.epochs,
+        batch_size=options.batch_size or (32 if is_digits else 128),
+        lr=lr,
+        min_lr=lr / 100,
+        warmup_epochs=options.epochs / 10,
+        # A mirrored digit is another one, or none.
+        flip=not is_digits,
+        crop="pad" if model.img_size < 64 else "resized",
+    )
+    return Candidate(model=model, recipe=recipe, label=name)
+
+
+def _num_classes(data: str) -> int:
+    """Those that the data set names; raises ValueError if it is none."""
+    from workers.sources import list_images, parse_source
+
+    source = parse_source(data)
+    listing = list_images(source, source.stamp)
+    return len(listing.class_names or {name for name in listing.classes if name is not None})
+
+
+def chosen_levels(options: AblationOptions, model: Model) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """The levels of each factor to compare, the reference's first, and a sentence for each that was left out.
+
+    Raises SettingsError for a level or a factor that was named and that the model cannot have.
+    """
+    chosen: dict[str, tuple[str, ...]] = {}
+    notes: list[str] = []
+    for factor in options.factors:
+        reasons = {level: _why_not(factor, level, model) for level in options.wanted(factor)}
+        for level, reason in reasons.items():
+            if reason and options.is_named(factor, level):
+                raise SettingsError(f"--level {factor}={level}: {reason}")
+        possible = tuple(level for level, reason in reasons.items() if reason is None)
+        left_out = {level: reason for level, reason in reasons.items() if reason}
+        if len(possible) < 2:
+            reason = next(iter(left_out.values()))
+            if factor in options.factor:
+                raise SettingsError(f"--factor {factor}: {reason}")
+            notes.append(f"factor {factor} is left out: {reason}")
+            continue
+        chosen[factor] = possible
+        notes += [f"level {factor}={level} is left out: {reason}" for level, reason in left_out.items()]
+    if not chosen:
+        raise SettingsError(f"nothing is left to compare: {'; '.join(notes)}")
+    return chosen, notes
+
+
+def _why_not(factor: str, level: str, model: Model) -> str | None:
+    """Why the model cannot have this level; None if it can."""
+    if factor == "pooling":
+        if not isinstance(model, ArchSpec):
+            return "the pooling of a timm model is fixed"
+        if model.pooling.name != "class_token":
+            return "the reference pools by the class token, and the model has none"
+    if factor == "mixing" and level in ATTENTION_MIXING:
+        return supports_class_row(model)
+    return None
+
+
+def ablation_space(reference: Candidate, factors: Mapping[str, Sequence[str]]) -> SearchSpace:
+    """A cell is `factor`, the level on the axis of that name, and `seed`; every known level is in it, so any study can grow."""
+    assert reference.recipe is not None
+    base = reference.recipe
+
+    def decode(params: Mapping[str, Any]) -> Candidate:
+        factor, seed = params["factor"], params["seed"]
+        level = params[factor]
+        model, recipe = reference.model, replace(base, seed=seed)
+        if factor == "pooling" and level != LEVELS[factor][0]:
+            assert isinstance(model, ArchSpec)
+            model = replace(model, pooling=_pooling(level, model))
+        elif factor == "mixing":
+            recipe = replace(recipe, mixing=level)
+        elif factor == "optimizer":
+            scale = LR_SCALES[level]
+            recipe = replace(
+                recipe, optimizer=level, lr=base.lr * scale, min_lr=base.min_lr * scale, weight_decay=base.weight_decay / scale
+            )
+        return Candidate(model=model, recipe=recipe, label=f"{factor}={level} seed {seed}")
+
+    return SearchSpace(
+        name=f"ablations/{reference.label}/{reference.model.digest[:8]}",
+        axes=(
+            Axis(name="factor", choices=tuple(factors)),
+            *(Axis(name=factor, choices=tuple(levels), when=("factor", factor)) for factor, levels in factors.items()),
+            Axis(name="seed", choices=range(MAX_SEED)),
+        ),
+        decode=decode,
+    )
+
+
+def _pooling(level: str, model: ArchSpec) -> Component:
+    """Groups are the heads of the last block, whose slices of the channels they are."""
+    mixer = model.stages[-1].blocks[-1].mixer
+    groups = full_choices("mixer", mixer)["num_heads"]
+    powers = {
+        "gem": Component("gem"),
+        "ggem_frozen": Component("ggem", groups=groups, learned=False),
+        "ggem": Component("ggem", groups=groups),
+    }
+    return powers.get(level) or Component(level)
+
+
+def cells(levels: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The points of a design, seed by seed: whenever it is stopped, what there is is paired."""
+    return [{"factor": factor, factor: level, "seed": seed} for seed in seeds for factor, chosen in levels.items() for level in chosen]
+
+
+def _seeds(first: int, num: int) -> range:
+    if first + num > MAX_SEED:
+        raise SettingsError(f"--seed {first} and {num} seeds: seeds go up to {MAX_SEED - 1}")
+    return range(first, first + num)
+
+
+def _grid(points: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], Any]:
+    def propose(phases: Mapping[str, Any]):
+        from search.strategies.grid import Grid
+
+        return Grid(points)
+
+    return propose
+
+
+def _probe_phases(run: RunSettings, reference: Candidate, points: Sequence[Mapping[str, Any]]) -> tuple[Phase, Phase]:
+    """One training of the reference, and the poolings on its frozen tokens."""
+    assert reference.recipe is not None
+    recipe = reference.recipe
+    name = f"ablations/{reference.label}/{reference.model.digest[:8]}/backbone"
+    backbone = Phase(
+        name="backbone",
+        space=SearchSpace(
+            name=name,
+            axes=(Axis(name="seed", choices=range(MAX_SEED)),),
+            decode=lambda params: replace(reference, recipe=replace(recipe, seed=params["seed"])),
+        ),
+        evaluators=(run.call("short_train"),),
+        objectives=("val_top1_pct",),
+        propose=_grid([{"seed": run.seed}]),
+    )
+    probe = Phase(
+        name="probe",
+        space=ablation_space(reference, {"pooling": LEVELS["pooling"]}),
+        evaluators=(run.call("linear_probe"),),
+        objectives=("val_top1_pct",),
+        propose=_grid(points),
+        needs=("backbone",),
+    )
+    return backbone, probe
+
+
+def ablation_design(levels: Mapping[str, Sequence[str]], model: Model, *, has_robustness: bool) -> Design:
+    """What is tested: the primary contrast of each factor, and every level against the reference."""
+    from results.effects import Design
+
+    outcomes = (Metric("top1_pct", "maximize"), *(Metric(name, "maximize") for name in ROBUSTNESS if has_robustness))
+    contrasts: list[Contrast] = []
+    for factor, (baseline, *others) in levels.items():
+        primary = _primary(factor, others, on_curves=has_robustness and not isinstance(model, ArchSpec))
+        contrasts += [primary, *_against_reference(factor, baseline, others, primary)]
+    return Design(name="ablations", contrasts=tuple(contrasts), outcomes=outcomes)
+
+
+def _primary(factor: str, others: Sequence[str], *, on_curves: bool) -> Contrast:
+    """The contrast that a factor is about; where its levels were not chosen, the first level against the reference."""
+    from results.effects import Contrast
+
+    if factor == "pooling" and {"ggem", "mean"} <= set(others):
+        source = "GGeM (https://arxiv.org/abs/2212.04114): +0.1 to +0.7 points over its baselines on ImageNet-1k"
+        return Contrast(factor=factor, levels=("ggem",), baseline="mean", outcome="top1_pct", is_primary=True, published=0.7, source=source)
+    if factor == "mixing" and on_curves and "patch_mixing" in others:
+        source = "Patch Mixing (https://arxiv.org/abs/2306.17848): ConvNeXt-T, 14 x 14 grid, area between the curves read off the figure"
+        return Contrast(
+            factor=factor,
+            levels=("patch_mixing",),
+            baseline="none",
+            outcome="patch_mix_fine_auc",
+            is_primary=True,
+            published=7.5,
+            source=source,
+            alternative="greater",
+        )
+    if factor == "mixing":
+        return Contrast(factor=factor, levels=tuple(others), baseline="none", outcome="top1_pct", is_primary=True)
+    if factor == "optimizer" and "lion" in others:
+        source = "Lion (https://arxiv.org/abs/2302.06675): up to 2 points for ViT on ImageNet"
+        return Contrast(
+            factor=factor, levels=("lion",), baseline="adamw", outcome="top1_pct", is_primary=True, published=2.0, source=source
+        )
+    return Contrast(factor=factor, levels=(others[0],), baseline=LEVELS[factor][0], outcome="top1_pct", is_primary=True)
+
+
+def _against_reference(factor: str, baseline: str, others: Sequence[str], primary: Contrast) -> list[Contrast]:
+    from results.effects import Contrast
+
+    contrasts = [Contrast(factor=factor, levels=(level,), baseline=baseline, outcome="top1_pct") for level in others]
+    return [contrast for contrast in contrasts if contrast.text != primary.text]

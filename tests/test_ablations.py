@@ -1,0 +1,373 @@
+"""The study `ablations`: its cells, what it names beforehand, and the whole of it on real digits."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+from conftest import REPOSITORY, run_command
+from optuna.trial import TrialState
+
+from results.effects import Design
+from results.leaderboard import load, load_results
+from results.paths import RunPaths
+from results.records import Measurement, Metric
+from results.tracking import MlflowTracker, TrialRecord, mlflow_client, search_runs
+from search.storage import open_storage
+from search.strategies.grid import Grid
+from search.studies.ablations import LEVELS, AblationOptions, cells
+from search.study import DESIGN_ATTRIBUTE, RunSettings, SettingsError, Study, phase_settings, studies
+from space.registry import SpecError
+from space.search_space import Candidate
+
+
+def make(data: str = "digits", run: dict | None = None, **options) -> Study:
+    settings = RunSettings(study="ablations", runs=Path(), data=data, options=AblationOptions(**options), **(run or {}))
+    return studies.get("ablations")(settings)
+
+
+def cell(study: Study, factor: str, level: str, seed: int = 0) -> Candidate:
+    return study.phase("train").space.decode({"factor": factor, factor: level, "seed": seed})
+
+
+def differing(a: Candidate, b: Candidate) -> set[str]:
+    """Names of the fields of model and recipe in which two candidates differ."""
+    parts = ((a.model, b.model), (a.recipe, b.recipe))
+    return {
+        field.name for one, other in parts for field in dataclasses.fields(one) if getattr(one, field.name) != getattr(other, field.name)
+    }
+
+
+def test_a_level_changes_exactly_one_thing():
+    study = make()
+    reference = cell(study, "pooling", "class_token")
+    changes = {"pooling": {"pooling"}, "mixing": {"mixing"}, "optimizer": {"optimizer", "lr", "min_lr", "weight_decay"}}
+    for factor, (baseline, *others) in LEVELS.items():
+        assert differing(cell(study, factor, baseline), reference) == set()
+        for level in others:
+            found = differing(cell(study, factor, level), reference)
+            assert found
+            assert found <= changes[factor]
+    assert differing(cell(study, "mixing", "cutmix", 3), cell(study, "mixing", "cutmix", 4)) == {"seed"}
+
+
+def test_every_level_is_a_network_and_a_recipe_of_its_own():
+    study = make()
+    made = [cell(study, factor, level) for factor, (_, *others) in LEVELS.items() for level in others]
+    assert len({(candidate.model.digest, candidate.recipe.digest) for candidate in made}) == len(made)
+    ggem = cell(study, "pooling", "ggem").model
+    assert ggem.pooling.choices["groups"] == ggem.stages[-1].blocks[-1].mixer.choices["num_heads"]
+
+
+def test_the_learning_rate_changes_against_the_weight_decay_so_that_their_product_stays():
+    study = make(lr=2e-3)
+    for level in LEVELS["optimizer"]:
+        recipe = cell(study, "optimizer", level).recipe
+        assert recipe.optimizer_lr * recipe.optimizer_weight_decay == pytest.approx(2e-3 * 0.05)
+
+
+def test_digits_are_not_mirrored():
+    assert not cell(make(), "mixing", "none").recipe.flip
+
+
+def test_a_study_of_other_factors_and_seeds_is_the_same_study():
+    settings = [
+        phase_settings(make(factor=factor, seeds=seeds).phase("train"), RunSettings(study="ablations", runs=Path()), "digits")
+        for factor, seeds in ((("pooling",), 1), (("mixing", "optimizer"), 5))
+    ]
+    assert settings[0] == settings[1]
+    longer = phase_settings(make(epochs=21).phase("train"), RunSettings(study="ablations", runs=Path()), "digits")
+    assert {name for name in longer if longer[name] != settings[0][name]} == {"recipe"}
+
+
+def test_seeds_are_paired_and_the_reference_is_a_cell_of_every_factor():
+    points = cells({"pooling": ("class_token", "mean"), "mixing": ("none", "cutmix")}, range(5, 7))
+    one_seed = [("pooling", "class_token"), ("pooling", "mean"), ("mixing", "none"), ("mixing", "cutmix")]
+    assert [(point["factor"], point[point["factor"]], point["seed"]) for point in points] == [
+        (factor, level, seed) for seed in (5, 6) for factor, level in one_seed
+    ]
+
+
+def primary(study: Study, phase: str = "train") -> dict[str, str]:
+    return {contrast.factor: contrast.text for contrast in study.designs[phase].contrasts if contrast.is_primary}
+
+
+def test_primary_contrasts_are_those_that_the_papers_claim():
+    mixings = ", ".join(LEVELS["mixing"][1:])
+    assert primary(make()) == {"pooling": "ggem - mean", "mixing": f"mean({mixings}) - none", "optimizer": "lion - adamw"}
+    assert primary(make(level=("pooling=max", "optimizer=sgd"))) == {
+        "pooling": "max - class_token",
+        "mixing": f"mean({mixings}) - none",
+        "optimizer": "sgd - adamw",
+    }
+    cnn = make(model="convnext_cifar", factor=("mixing",), robustness=True).designs["train"]
+    (contrast,) = [contrast for contrast in cnn.contrasts if contrast.is_primary]
+    assert (contrast.text, contrast.outcome, contrast.alternative) == ("patch_mixing - none", "patch_mix_fine_auc", "greater")
+
+
+def test_all_other_levels_are_tested_against_the_reference():
+    for factor, levels in LEVELS.items():
+        others = [contrast for contrast in make().designs["train"].contrasts if contrast.factor == factor]
+        assert {contrast.levels for contrast in others if contrast.baseline == levels[0] and len(contrast.levels) == 1} == {
+            (level,) for level in levels[1:]
+        }
+
+
+def test_what_a_model_cannot_have_is_left_out_with_a_sentence_or_refused_by_name():
+    study = make(model="convnext_cifar")
+    assert study.designs["train"].factors == ("mixing", "optimizer")
+    assert [note.split(":")[0] for note in study.notes] == [
+        "factor pooling is left out",
+        "level mixing=transmix is left out",
+        "level mixing=mixpro is left out",
+    ]
+    with pytest.raises(SettingsError, match="--factor pooling: the pooling of a timm model is fixed"):
+        make(model="convnext_cifar", factor=("pooling",))
+    with pytest.raises(SettingsError, match="--level mixing=transmix: models of timm give no attention"):
+        make(model="convnext_cifar", level=("mixing=transmix",))
+    with pytest.raises(SettingsError, match="compares poolings"):
+        make(model="convnext_cifar", linear_probe=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"factor": ("poling",)}, "did you mean 'pooling'"),
+        ({"level": ("pooling=gemm",)}, "did you mean 'gem' or 'ggem'"),
+        ({"level": ("pooling",)}, "FACTOR=LEVEL is expected"),
+        ({"factor": ("mixing",), "level": ("pooling=gem",)}, "--factor names only mixing"),
+        ({"seeds": -1}, "--seeds is -1; at least 0"),
+        ({"seeds": 0}, "nothing to train"),
+        ({"epochs": 0}, "--epochs is 0"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(options: dict, words: str):
+    with pytest.raises(SpecError, match=words):
+        AblationOptions(**options)
+
+
+def test_flags_that_mean_nothing_here_are_refused():
+    for flag, value in {"num_trials": 3, "strategy": "tpe", "max_params_m": 1.0}.items():
+        with pytest.raises(SettingsError, match="means nothing here"):
+            make(run={flag: value})
+
+
+def test_the_classes_are_those_of_the_data(tmp_path: Path):
+    from PIL import Image
+
+    for name in ("cat", "dog", "eel"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "0.png")
+    assert cell(make(data=f"folder:{tmp_path}"), "mixing", "none").model.num_classes == 3
+
+
+def test_the_probe_needs_the_backbone_and_is_a_design_of_its_own():
+    study = make(linear_probe=True, seeds=0, probe_seeds=4)
+    assert [phase.name for phase in study.phases] == ["train", "backbone", "probe"]
+    assert study.phase("probe").needs == ("backbone",)
+    assert set(study.designs) == {"probe"}
+    assert primary(study, "probe") == {"pooling": "ggem - mean"}
+    empty = optuna.create_study()
+    assert isinstance(grid := study.phase("train").propose({}), Grid)
+    assert grid.next_batch(empty) is None
+    assert study.phase("probe").propose({}).num_total(empty) == 4 * len(LEVELS["pooling"])
+
+
+def test_the_design_survives_json():
+    design = make(robustness=True).designs["train"]
+    assert Design.from_json(json.loads(json.dumps(design.to_json()))).digest == design.digest
+
+
+# What comes of a design, from the ledger alone
+
+
+GAIN = {"class_token": 0.0, "mean": 0.0, "ggem": 0.5}
+
+
+def predictions(level: str, seed: int) -> bytes:
+    """Of 200 images; `ggem` has half of those right that the others have wrong."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(200) % 10
+    is_right = generator.random(200) < 0.5
+    is_right |= generator.random(200) < GAIN[level]
+    logits = np.zeros((200, 10), np.float32)
+    logits[np.arange(200), np.where(is_right, labels, (labels + 1) % 10)] = 5.0
+    file = io.BytesIO()
+    np.savez(file, ids=np.arange(200), labels=labels, logits=logits)
+    return file.getvalue()
+
+
+def record_cells(tracker: MlflowTracker, folder: Path, levels, seeds, first_number: int, reused: bool = False) -> int:
+    number = first_number
+    for seed in seeds:
+        for level in levels:
+            left = folder / str(number)
+            left.mkdir(parents=True)
+            if not (reused and level == "class_token"):
+                (left / "predictions.npz").write_bytes(predictions(level, seed))
+            trial = TrialRecord(
+                study="ablations",
+                phase="train",
+                number=number,
+                label=f"{level} {seed}",
+                digest=level,
+                params={"factor": "pooling", "pooling": level, "seed": seed},
+                candidate={},
+                recipe_digest=str(seed),
+            )
+            outcome = Measurement(values={"val_top1_pct": 50.0}, elapsed_s=1.0, device="cpu", versions={}, seed=seed)
+            tracker.record(trial, outcome, left)
+            number += 1
+    return number
+
+
+@pytest.fixture
+def ledger(tmp_path: Path):
+    """A tracker of the study for a design; called again, that of a later invocation."""
+
+    def open_ledger(*levels: str) -> MlflowTracker:
+        design = make(factor=("pooling",), level=tuple(f"pooling={level}" for level in levels)).designs["train"]
+        return MlflowTracker(
+            RunPaths(tmp_path).mlflow_uri,
+            "ablations",
+            invocation={"command": "run"},
+            objectives={"train": [Metric("val_top1_pct", "maximize")]},
+            designs={"train": design.to_json()},
+        )
+
+    return open_ledger
+
+
+def test_effects_come_from_the_runs_alone_and_say_in_how_many_looks(tmp_path: Path, ledger):
+    from results.leaderboard import attach_leaderboard
+
+    levels = ("class_token", "mean", "ggem")
+    first = ledger("mean", "ggem")
+    done = record_cells(first, tmp_path / "files", levels, range(3), 0)
+    (effects,) = attach_leaderboard(first).effects
+    first.close("FINISHED")
+    assert "registered before the first trial" in effects.text
+    assert "looks" not in effects.text
+    second = ledger("mean", "ggem")
+    record_cells(second, tmp_path / "files", levels, range(3, 7), done)
+    (effects,) = attach_leaderboard(second).effects
+    second.close("FINISHED")
+    assert "the data came in 2 looks" in effects.text
+    row = effects.table.loc[effects.table["is_primary"]].iloc[0]
+    arms = {level: np.mean([100 * hits(level, seed) for seed in range(7)]) for level in ("mean", "ggem")}
+    assert row["effect"] == pytest.approx(arms["ggem"] - arms["mean"])
+    assert row["n_seeds"] == 7
+    (again,) = load_results(RunPaths(tmp_path).mlflow_uri, "ablations").effects
+    pd.testing.assert_frame_equal(again.table, effects.table)
+    client = mlflow_client(RunPaths(tmp_path).mlflow_uri)
+    names = {file.path for file in client.list_artifacts(second.parent_run_id)}
+    assert {"designs.json", "effects.csv", "effects.json", "forest.png", "forest.html"} <= names
+    page = Path(client.download_artifacts(second.parent_run_id, "leaderboard.html", str(tmp_path))).read_text()
+    assert "<h2>Effects: train</h2>" in page
+    assert "pooling: ggem - mean" in page
+    assert "pooling: ggem - mean" in client.get_run(second.parent_run_id).data.tags["mlflow.note.content"]
+
+
+def hits(level: str, seed: int) -> float:
+    with np.load(io.BytesIO(predictions(level, seed))) as file:
+        return float((file["logits"].argmax(axis=1) == file["labels"]).mean())
+
+
+def test_a_design_that_was_changed_after_trials_says_so(tmp_path: Path, ledger):
+    first = ledger("ggem")
+    done = record_cells(first, tmp_path / "files", ("class_token", "ggem"), range(2), 0)
+    first.close("FINISHED")
+    time.sleep(0.002)
+    second = ledger("mean", "ggem")
+    record_cells(second, tmp_path / "files", ("mean",), range(2), done)
+    second.close("FINISHED")
+    (effects,) = load_results(RunPaths(tmp_path).mlflow_uri, "ablations").effects
+    assert "registered when 4 trials were there" in effects.text
+
+
+def test_a_study_without_measured_contrast_is_shown_without_plot(tmp_path: Path, ledger):
+    from results.leaderboard import attach_leaderboard
+
+    tracker = ledger("ggem")
+    record_cells(tracker, tmp_path / "files", ("ggem",), range(1), 0)
+    (effects,) = attach_leaderboard(tracker).effects
+    assert not effects.is_measured
+    assert "not measured" in effects.text
+
+
+# The whole of it
+
+
+FLAGS = ["ablations", "--factor", "pooling", "--factor", "optimizer", "--level", "pooling=ggem", "--level", "pooling=mean", "--level"]
+FLAGS += ["optimizer=lion", "--data", "digits", "--epochs", "1", "--batch-size", "256"]
+
+
+def told(folder: Path, name: str = "ablations/train") -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=open_storage(folder / "runs" / "optuna.journal"))
+
+
+@pytest.mark.slow
+def test_the_study_runs_on_digits_goes_on_after_a_kill_and_grows(tmp_path: Path):
+    command = [sys.executable, str(REPOSITORY / "search" / "run.py"), *FLAGS, "--seeds", "2"]
+    killed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    journal, work = tmp_path / "runs" / "optuna.journal", tmp_path / "runs" / "work"
+    while not any(work.rglob("outcome.json")):
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert journal.exists()
+    assert Design.from_json(told(tmp_path).user_attrs[DESIGN_ATTRIBUTE]).factors == ("pooling", "optimizer")
+
+    done = run_command(*FLAGS, "--seeds", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "10/10 done" in done.stdout
+    assert "* pooling: ggem - mean" in done.stdout
+    assert "* optimizer: lion - adamw" in done.stdout
+    assert "2 seeds cannot reject" in done.stdout
+    assert [trial.state for trial in told(tmp_path).trials] == [TrialState.COMPLETE] * 10
+
+    uri = RunPaths(tmp_path / "runs").mlflow_uri
+    client = mlflow_client(uri)
+    runs = search_runs(client, [client.get_experiment_by_name("ablations").experiment_id], "tags.kind = 'trial'")
+    assert len(runs) == 10
+    given = [run for run in runs if "reused_from" in run.data.tags]
+    assert {(run.data.params["factor"], run.data.params["optimizer"]) for run in given} == {("optimizer", "adamw")}
+    assert len(load(uri, "ablations")) == 8
+    (effects,) = load_results(uri, "ablations").effects
+    assert set(effects.table["n_seeds"]) == {2}
+
+    more = run_command(*FLAGS, "--seeds", "3", cwd=tmp_path)
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert "15/15 done" in more.stdout
+    assert "the data came in 2 looks" in more.stdout
+    shown = subprocess.run(
+        [sys.executable, "-m", "results.leaderboard", "ablations", "--top", "3"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    table = more.stdout[more.stdout.index("ablations/train, effects") : more.stdout.index("all of it")]
+    assert table.strip() in shown.stdout
+
+    refused = run_command(*FLAGS[:-1], "128", "--seeds", "3", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "recipe.batch_size was 256, now 128" in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_linear_probe_runs_on_the_backbone_of_an_earlier_phase(tmp_path: Path):
+    flags = ["ablations", "--seeds", "0", "--linear-probe", "--probe-seeds", "2", "--epochs", "1", "--set", "linear_probe.epochs=1"]
+    done = run_command(*flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ablations/probe  14/14 done" in done.stdout
+    assert "* pooling: ggem - mean" in done.stdout
+    assert len(told(tmp_path, "ablations/backbone").trials) == 1
