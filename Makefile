@@ -3,7 +3,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: help setup search smoke leaderboard mlflow test lint bench gpu-check clean
+# results/reports/ablations_cifar10_202611.md: four trials share a GPU
+CIFAR_FLAGS = --seeds 9 --epochs 30 --robustness --gpus 0.25
+
+.PHONY: help setup search ablations smoke leaderboard mlflow test lint bench gpu-check clean
 
 help: ## these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -18,6 +21,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 search: setup ## the main job: a small As-ViT search with growth, to a printed leaderboard
 	$(BIN)/python search/run.py as_vit --trials 60 --img-size 224 --proxy-img-size 64 --max-params-m 12
+
+ablations: setup ## which pooling pays off on digits: seven poolings, three paired seeds, effects with intervals
+	$(BIN)/python search/run.py ablations --factor pooling --data digits --seeds 3 --epochs 20
 
 smoke: setup ## a study of seconds, to try the installation
 	$(BIN)/python search/run.py smoke
@@ -39,9 +45,13 @@ lint: setup ## ruff and the type checker
 bench: setup ## the micro-benchmarks, one after the other
 	for bench in tests/benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done
 
-gpu-check: setup ## what needs a CUDA device: its tests and the profile of the catalogue
+gpu-check: setup ## what needs a CUDA device: its tests, a profile, training and mixing speed; with CIFAR=tar:TRAIN,TEST the CIFAR-10 study
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python search/run.py evaluate deit_small --evaluators profile --gpus 1
+	$(BIN)/python tests/benchmarks/bench_training.py --images 8192 --batch-size 512
+	$(BIN)/python tests/benchmarks/bench_mixing.py --batch-size 128
+	$(if $(CIFAR),$(BIN)/python search/run.py ablations --name cifar10_vit --data $(CIFAR) $(CIFAR_FLAGS))
+	$(if $(CIFAR),$(BIN)/python search/run.py ablations --name cifar10_cnn --data $(CIFAR) --model convnext_cifar --factor mixing $(CIFAR_FLAGS))
 
 clean: ## the virtual environment; results under runs/ stay
 	rm -rf $(VENV)

@@ -125,7 +125,9 @@ def ablations(run: RunSettings) -> Study:
     ]
     designs: dict[str, Design] = {}
     if options.seeds:
-        designs["train"] = ablation_design(levels, reference.model, has_robustness=options.robustness)
+        designs["train"] = design = ablation_design(levels, reference.model, has_robustness=options.robustness)
+        if options.seeds < (needed := design.num_seeds_needed):
+            notes.append(f"{options.seeds} seeds give intervals; the exact test can reject every contrast from --seeds {needed} on")
     if options.linear_probe:
         if reason := _why_not("pooling", "mean", reference.model):
             raise SettingsError(f"--linear-probe compares poolings, and {reason}")
@@ -308,13 +310,16 @@ def _probe_phases(run: RunSettings, reference: Candidate, points: Sequence[Mappi
 
 def ablation_design(levels: Mapping[str, Sequence[str]], model: Model, *, has_robustness: bool) -> Design:
     """What is tested: the primary contrast of each factor, and every level against the reference."""
-    from results.effects import Design
+    from results.effects import Contrast, Design
 
     outcomes = (Metric("top1_pct", "maximize"), *(Metric(name, "maximize") for name in ROBUSTNESS if has_robustness))
     contrasts: list[Contrast] = []
     for factor, (baseline, *others) in levels.items():
         primary = _primary(factor, others, on_curves=has_robustness and not isinstance(model, ArchSpec))
         contrasts += [primary, *_against_reference(factor, baseline, others, primary)]
+        if {"patch_mixing", "cutmix"} <= set(others):
+            # What is gained by cells rather than by mixing.
+            contrasts.append(Contrast(factor=factor, levels=("patch_mixing",), baseline="cutmix", outcome=primary.outcome))
     return Design(name="ablations", contrasts=tuple(contrasts), outcomes=outcomes)
 
 
