@@ -27,10 +27,14 @@ from space.timm_spec import TimmSpec, create
 
 @dataclass(frozen=True)
 class Counted:
-    """Counts of the root's own parameters and of its children, by name in the order timm declares them, and the number of blocks."""
+    """Counts of the root's own parameters and of its children, by name in the order timm declares them, and the number of blocks.
+
+    `patch_size` is that of a Vision Transformer's embedding in pixels, None where there is none or it is not square.
+    """
 
     parts: Mapping[str, Cost]
     depth: int
+    patch_size: int | None = None
 
 
 @lru_cache(maxsize=1024)
@@ -60,7 +64,10 @@ def counted(spec: TimmSpec) -> Counted:
     parts = {name: part for name, part in parts.items() if any(part)}
     if any(between):
         parts["between"] = _cost(0, *between)
-    return Counted(parts, sum(_is_block(path, module) for path, module in model.named_modules()))
+    depth = sum(_is_block(path, module) for path, module in model.named_modules())
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    square = patch[0] if isinstance(patch, tuple) and len(set(patch)) == 1 else None
+    return Counted(parts, depth, square)
 
 
 def _cost(params: int, macs: int, elementwise: int) -> Cost:

@@ -118,10 +118,16 @@ def create(spec: TimmSpec, *, drop_path: float = 0.0) -> nn.Module:
     keywords: dict[str, Any] = {"in_chans": spec.in_chans, "num_classes": spec.num_classes, **dict(spec.options)}
     if pretrained_config(spec.name).fixed_input_size:
         keywords["img_size"] = spec.img_size
-    if drop_path:
-        keywords["drop_path_rate"] = drop_path
+    # Given also when it is 0: some models of timm drop paths by default.
+    keywords["drop_path_rate"] = drop_path
     try:
-        return timm.create_model(spec.name, pretrained=False, **keywords)
+        try:
+            return timm.create_model(spec.name, pretrained=False, **keywords)
+        except TypeError as error:
+            if drop_path or "'drop_path_rate'" not in str(error):
+                raise
+            del keywords["drop_path_rate"]
+            return timm.create_model(spec.name, pretrained=False, **keywords)
     except Exception as error:  # The value of an option can break a constructor in any way.
         unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         match unexpected and unexpected[1]:

@@ -67,6 +67,7 @@ def numbered(num_images, img_size=4, num_train=None):
     images.flags.writeable = False
     return DataSet(
         source="numbered",
+        digest="numbered",
         img_size=img_size,
         classes=("even", "odd"),
         labels=np.arange(num_images) % 2,

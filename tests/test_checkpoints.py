@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from space.model import build_model
-from workers.checkpoints import latest_checkpoint, load_model, remove_checkpoints, save_checkpoint, save_model
+from workers.checkpoints import latest_checkpoint, load_model, save_checkpoint, save_model
 
 
 def must_not_warn(message: str) -> None:
@@ -77,11 +77,10 @@ def test_checkpoints_hold_no_code(tmp_path):
         latest_checkpoint(tmp_path, must_not_warn)
 
 
-def test_removed_checkpoints_are_gone_and_nothing_else_is(tmp_path):
-    save_checkpoint(tmp_path, 1, {})
-    (tmp_path / "notes.txt").write_text("mine")
-    remove_checkpoints(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    (tmp_path / "usual").touch()
+    path = save_checkpoint(tmp_path, 1, {})
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_a_stored_model_gives_the_same_logits(tmp_path, tiny_vit):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from workers import data as data_module
 from workers.data import check_source, fingerprint, load_dataset, load_images, split_dataset
 from workers.sources import list_images, natural_key
 
@@ -344,7 +345,44 @@ def test_a_streamed_set_has_the_split_and_pixels_of_the_same_one_in_memory(tmp_p
     assert streamed.warnings == ("the set is streamed: identical images were not looked for, as that would take reading all of it",)
 
 
-def test_a_damaged_file_of_a_streamed_set_is_replaced_by_one_of_its_class_and_part(folder):
+def test_damaged_files_of_val_and_test_are_left_out_when_a_streamed_set_is_opened(folder):
+    """Nothing may stand in for an image that is judged: its row would be another image's, and that one counted twice."""
+    whole = load_dataset(f"folder:{folder}", img_size=SIZE, memory_mb=0)
+    damaged = [int(whole.val[0]), int(whole.test[-1])]
+    for index in damaged:
+        file = folder / whole.name(index)
+        file.write_bytes(b"nothing".ljust(file.stat().st_size, b"-"))
+    load_dataset_anew()
+    dataset = load_dataset(f"folder:{folder}", img_size=SIZE, memory_mb=0)
+    assert sorted(dataset.skipped) == sorted(map(whole.name, damaged))
+    assert dataset.val.tolist() == whole.val.tolist()[1:]
+    assert dataset.test.tolist() == whole.test.tolist()[:-1]
+    assert dataset.train.tolist() == whole.train.tolist()
+
+
+def test_a_file_of_the_test_part_damaged_since_is_an_error(folder):
+    dataset = load_dataset(f"folder:{folder}", img_size=SIZE, memory_mb=0)
+    (folder / dataset.name(int(dataset.test[0]))).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be read any more"):
+        dataset.load(dataset.test[:1])
+
+
+def test_other_pixels_or_other_labels_are_another_data_set(folder):
+    first = load_dataset(f"folder:{folder}", img_size=SIZE).digest
+    load_dataset_anew()
+    assert load_dataset(f"folder:{folder}", img_size=SIZE).digest == first
+    with Image.open(folder / "cat" / "0.png") as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(folder / "cat" / "0.png")
+    load_dataset_anew()
+    assert load_dataset(f"folder:{folder}", img_size=SIZE).digest != first
+
+
+def load_dataset_anew():
+    list_images.cache_clear()
+    data_module._load_dataset.cache_clear()
+
+
+def test_a_damaged_file_of_a_streamed_set_is_replaced_by_one_of_its_class_in_training(folder):
     dataset = load_dataset(f"folder:{folder}", img_size=SIZE, memory_mb=0)
     peers = [index for index in dataset.train if dataset.labels[index] == 1]
     (folder / dataset.name(peers[-1])).write_bytes(b"nothing")
@@ -354,7 +392,7 @@ def test_a_damaged_file_of_a_streamed_set_is_replaced_by_one_of_its_class_and_pa
     assert len(dataset.skipped) == 1
     for index in peers:
         (folder / dataset.name(index)).write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="every image of class 'dog' in the part of"):
+    with pytest.raises(ValueError, match="every image of class 'dog' in train"):
         dataset.load(np.array(peers[:1]))
 
 

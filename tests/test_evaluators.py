@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+from results.records import Failure
 from space.as_vit import Network, spec
 from space.cost import cost
 from space.model import build_model
 from space.recipe import Recipe
 from space.registry import SpecError
+from space.search_space import Candidate
 from space.spec import Component
 from space.timm_spec import TimmSpec
 from workers.checkpoints import save_model
 from workers.data import load_dataset
+from workers.evaluate import Job, evaluate
 from workers.evaluator import Call, Context, NoSettings, evaluators
 from workers.evaluators import profile as profile_module
 from workers.evaluators.profile import ProfileSettings, profile
@@ -108,6 +111,41 @@ def test_the_default_settings_name_a_call(each):
 def test_every_evaluator_says_what_it_measures(each):
     assert evaluators.summary(each.name)
     assert all(metric.goal in ("minimize", "maximize") for metric in each.metrics)
+
+
+@pytest.mark.parametrize(
+    ("settings", "recipe", "words"),
+    [
+        ({"coarse_grid": "5", "fine_grid": "7"}, RECIPE, "two divisors of img_size 32"),
+        ({}, dataclasses.replace(RECIPE, mixing="patch_mixing", mixing_grids=(33,)), "33 cells per side"),
+        ({}, dataclasses.replace(RECIPE, mixing="transmix"), "no class token"),
+        ({}, dataclasses.replace(RECIPE, randaugment="rand-m9-mstd"), "rand-m9-mstd0.5-inc1"),
+        ({}, None, "needs a recipe"),
+    ],
+)
+def test_what_can_never_be_measured_is_refused_before_the_training(tmp_path, settings, recipe, words):
+    """Robustness comes last and its grids are still looked at first."""
+    chosen = {"short_train": {}, "robustness": settings}
+    calls = tuple(Call(name, evaluators.get(name).parse_settings(given)) for name, given in chosen.items())
+    job = Job(
+        trial=0,
+        candidate=Candidate(model=SMALL, recipe=recipe),
+        calls=calls,
+        seed=0,
+        data="digits",
+        data_fingerprint="digits",
+        workdir=tmp_path,
+    )
+    outcome = evaluate(job)
+    assert isinstance(outcome, Failure)
+    assert outcome.kind == "illegal"
+    assert words in outcome.message
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_that_change_no_number_are_no_part_of_a_measurement():
+    usual, patient = (evaluators.get("short_train").parse_settings(given) for given in ({}, {"checkpoint_every_s": "600"}))
+    assert Call("short_train", usual).digest == Call("short_train", patient).digest
 
 
 def test_cost_is_the_analytic_count(run):

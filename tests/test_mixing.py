@@ -678,3 +678,10 @@ def test_an_image_without_default_grids_asks_for_some():
     with pytest.raises(SpecError, match="name its mixing_grids"):
         mixer("patch_mixing", img_size=31, patch_size=None)
     assert mixer("patch_mixing", img_size=31, patch_size=None, mixing_grids=(4,)).cell_sizes == (8,)
+
+
+def test_a_process_with_one_image_of_a_batch_cannot_mix():
+    recipe = Recipe(epochs=1, batch_size=4, mixing="mixup")
+    assert make_mixer(recipe, img_size=32, patch_size=4, num_processes=2) is not None
+    with pytest.raises(SpecError, match="batch_size 4 in 4 parts"):
+        make_mixer(recipe, img_size=32, patch_size=4, num_processes=4)

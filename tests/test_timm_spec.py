@@ -232,3 +232,12 @@ def test_counting_leaves_the_global_stream_and_the_default_device_alone():
     cost(TimmSpec(name="resnet10t", img_size=64, num_classes=3))
     assert torch.equal(torch.rand(2), expected)
     assert nn.Linear(1, 1).weight.device.type == "cpu"
+
+
+def test_no_drop_path_means_none_also_where_timm_has_some_by_default():
+    from timm.layers import DropPath
+
+    model = TimmSpec(name="swin_tiny_patch4_window7_224", img_size=224, num_classes=10)
+    without, with_some = (build_model(model, seed=0, drop_path=rate) for rate in (0.0, 0.2))
+    assert not any(module.drop_prob for module in without.modules() if isinstance(module, DropPath))
+    assert max(module.drop_prob for module in with_some.modules() if isinstance(module, DropPath)) == pytest.approx(0.2)

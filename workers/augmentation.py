@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,10 +152,14 @@ def _randaugment(config: str, img_size: int) -> Callable[[Image], Image]:
     from timm.data.auto_augment import posterize, rand_augment_transform
 
     mean = tuple(round(255 * value) for value in IMAGENET_MEAN)
+    wrong = f"recipe: randaugment is {config!r}; timm takes the like of 'rand-m9-mstd0.5-inc1'"
+    # timm leaves a part without its number out and says nothing.
+    if not re.fullmatch(r"rand(-((mstd|mmax|inc|m|n|p)\d[\d.]*|t\w+))*", config):
+        raise SpecError(wrong)
     try:
         transform = rand_augment_transform(config, {"translate_const": int(img_size * 0.45), "img_mean": mean})
     except (AssertionError, KeyError, ValueError) as error:
-        raise SpecError(f"recipe: randaugment is {config!r}; timm takes the like of 'rand-m9-mstd0.5-inc1'") from error
+        raise SpecError(wrong) from error
     for op in transform.ops:
         if op.name.startswith("Posterize"):
             # timm asks for 0 bits at full magnitude, a black image, which Pillow refuses since version 13.

@@ -1,7 +1,7 @@
 """Batches for training and evaluation, in an order that can be taken up at any step.
 
-Which images a step sees is a function of (seed, epoch, step), how each is augmented of (seed, epoch, image): neither
-depends on the batch size, the number of processes or of loader workers. A set in memory is gathered and augmented where the
+The order of an epoch is a function of (seed, epoch), how an image is augmented of (seed, epoch, image): neither depends on the
+batch size, the number of processes or of loader workers. A set in memory is gathered and augmented where the
 network is, so that nothing is copied between the two; a DataLoader is used only where images are decoded or changed one by one.
 """
 
@@ -121,6 +121,7 @@ class _Decoder:
 
     def __init__(self, images: _Images, num_workers: int, device: str):
         self._dataset, self._device = images.dataset, device
+        images.dataset.open_source()
         self._plan = _Plan()
         self._loader = DataLoader(
             images,  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,12 +70,6 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[Path, 
     return None
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove every checkpoint of a training that needs none any more."""
-    for path in _checkpoints(folder):
-        path.unlink()
-
-
 def save_model(path: Path, network: nn.Module, model: Model) -> None:
     """The weights of `network` with the spec of its architecture, in one file that appears only when it is whole."""
     with _appearing_whole(path.parent) as (file, name_it):
@@ -102,8 +96,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _appearing_whole(folder: Path) -> Iterator[tuple[BinaryIO, Callable[[str], Path]]]:
     """A file to write to and the function that, when it is written, gives it its name; without a name it is removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=UNFINISHED)
-    with os.fdopen(handle, "wb") as file:
+    temporary = folder / f"{UNFINISHED}{uuid.uuid4().hex}"
+    with temporary.open("xb") as file:
 
         def name_it(name: str) -> Path:
             file.flush()
@@ -115,7 +109,7 @@ def _appearing_whole(folder: Path) -> Iterator[tuple[BinaryIO, Callable[[str], P
         try:
             yield file, name_it
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -55,8 +55,10 @@ class DataSet:
     test: np.ndarray
     images: np.ndarray | None
     """`(M, 3, H, W)` uint8, H = W = `img_size`; None if the set is streamed from its source."""
+    digest: str
+    """16 hex digits: of pixels, labels and parts, of a streamed set of its files' names and sizes instead of the pixels."""
     skipped: tuple[str, ...] = ()
-    """Damaged files by name; of a streamed set those found so far, by this process and those that reported to it."""
+    """Damaged files by name; of a streamed set's train part those found so far, by this process and those that reported to it."""
     warnings: tuple[str, ...] = ()
     """What a user should know: images without a class, copies across official splits, what was not looked for."""
     names: tuple[str, ...] = ()
@@ -85,7 +87,8 @@ class DataSet:
     def open(self, index: int) -> Image:
         """The RGB image as stored in the source of a streamed set, else at `img_size`.
 
-        A damaged file is recorded in `skipped`, and the next image of its class and part comes in its place.
+        A damaged file of train is recorded in `skipped`, and the next image of its class comes in its place. Those of val and test
+        were left out when the set was opened; if one has come to harm since, ValueError says so.
         """
         if self.images is not None:
             from PIL import Image
@@ -98,10 +101,12 @@ class DataSet:
                 return listing.read(int(self.positions[candidate]))
             except MemoryError:
                 raise
-            except Exception:  # a decoder given a damaged file raises nearly anything
+            except Exception as error:  # a decoder given a damaged file raises nearly anything
+                if not self._is_trained_on(index):
+                    raise ValueError(f"data {self.source!r}: {self.name(index)} cannot be read any more") from error
                 self.record_damage((self.name(candidate),))
         label = self.classes[self.labels[index]]
-        raise ValueError(f"data {self.source!r}: every image of class {label!r} in the part of {self.name(index)} is damaged")
+        raise ValueError(f"data {self.source!r}: every image of class {label!r} in train is damaged")
 
     def record_damage(self, names: tuple[str, ...]) -> None:
         """Add damaged files to `skipped`, each once."""
@@ -110,12 +115,19 @@ class DataSet:
         object.__setattr__(self, "skipped", self.skipped + new)
 
     def _peers(self, index: int):
-        """The image, then those of its part and class that follow it, around the end."""
+        """The image, then those of its class in train that follow it, around the end."""
         yield index
-        part = next(part for part in (self.train, self.val, self.test) if part[min(np.searchsorted(part, index), len(part) - 1)] == index)
-        peers = part[self.labels[part] == self.labels[index]]
+        peers = self.train[self.labels[self.train] == self.labels[index]]
         start = int(np.searchsorted(peers, index))
         yield from (int(peer) for peer in np.roll(peers, -start)[1:])
+
+    def _is_trained_on(self, index: int) -> bool:
+        return bool(self.train[min(np.searchsorted(self.train, index), len(self.train) - 1)] == index)
+
+    def open_source(self) -> None:
+        """List the source of a streamed set now, so that processes forked later need not."""
+        if self.images is None:
+            _ = self._listing
 
     @cached_property
     def _listing(self) -> Listing:
@@ -189,9 +201,10 @@ def load_dataset(source: str, *, img_size: int, memory_mb: int = 2000) -> DataSe
     """The data set of a source: official splits where it has them, else 70 % train, 10 % val, 20 % test of each class.
 
     It depends on the contents of the source alone. A set of at most `memory_mb` at `img_size` is decoded once and kept, a
-    larger one is streamed. Without an official val it is a tenth of train; without an official test, val is the test.
-    Identical images of a set in memory come into one part where the split is ours. Raises ValueError, saying why, if the set
-    cannot be used: no images or labels, labels out of range, fewer than two classes, an empty part.
+    larger one is streamed, its val and test images being read once here to leave out the damaged. Without an official val it
+    is a tenth of train; without an official test, val is the test. Identical images of a set in memory come into one part where
+    the split is ours. Raises ValueError, saying why, if the set cannot be used: no images or labels, labels out of range, fewer
+    than two classes, an empty part.
     """
     place = parse_source(source)
     return _load_dataset(place, place.stamp, img_size, memory_mb)
@@ -241,6 +254,11 @@ def _load_dataset(source: Source, stamp: tuple[tuple[int, int], ...], img_size: 
     if unseen := set(range(len(classes))) - set(labels[parts[0]].tolist()):
         warnings.append(f"{len(unseen)} classes have no image in train: {_some([classes[index] for index in sorted(unseen)])}")
     names = tuple(listing.names[position] for position in positions)
+    if images is None:
+        parts, damaged = _without_damaged(listing, positions, parts)
+        skipped += damaged
+        if not all(map(len, parts)):
+            raise ValueError(f"{where}: every image of val or of test is damaged ({_some(damaged)})")
     if leaked := _shared_copies(copies, parts):
         warnings.append(f"{len(leaked)} images of val or test are also in an earlier part: {_some([names[index] for index in leaked])}")
     arrays = [labels, *parts, positions, *([] if images is None else [images])]
@@ -256,6 +274,7 @@ def _load_dataset(source: Source, stamp: tuple[tuple[int, int], ...], img_size: 
         val=val,
         test=test,
         images=images,
+        digest=_digest(contents if images is not None else listing.fingerprint, labels, parts),
         skipped=skipped,
         warnings=tuple(warnings),
         names=names,
@@ -297,7 +316,7 @@ def _stratify(labels: np.ndarray, copies: np.ndarray, tenths: np.ndarray) -> np.
     _, leaders, group = np.unique(copies, return_index=True, return_inverse=True)
     keys = np.random.default_rng(stream("split", 0)).random(len(labels))[leaders]
     order = np.lexsort((keys, labels[leaders]))
-    dealt = order[np.bincount(labels)[labels[leaders[order]]] > 1]
+    dealt = order[np.bincount(labels[leaders])[labels[leaders[order]]] > 1]
     part = np.zeros(len(leaders), dtype=np.int64)
     part[dealt] = tenths[np.arange(len(dealt)) % 10]
     return part[group]
@@ -336,6 +355,29 @@ def _decode(listing: Listing, positions: np.ndarray, img_size: int) -> tuple[np.
     if not intact.all():
         images[: intact.sum()] = images[intact]
     return images, contents, intact
+
+
+def _without_damaged(
+    listing: Listing, positions: np.ndarray, parts: tuple[np.ndarray, ...]
+) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
+    """The parts of a streamed set with the damaged images of val and test left out, and the names of those."""
+    damaged: list[int] = []
+    for index in np.concatenate(parts[1:]):
+        try:
+            listing.read(int(positions[index]))
+        except MemoryError:
+            raise
+        except Exception:  # a decoder given a damaged file raises nearly anything
+            damaged.append(int(index))
+    kept = tuple(part[~np.isin(part, damaged)] for part in parts)
+    return kept, tuple(listing.names[positions[index]] for index in damaged)
+
+
+def _digest(contents: np.ndarray | str, labels: np.ndarray, parts: tuple[np.ndarray, ...]) -> str:
+    digest = hashlib.sha256(contents.encode() if isinstance(contents, str) else contents.tobytes())
+    for array in (labels, *parts):
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def to_pixels(image: Image) -> np.ndarray:

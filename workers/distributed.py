@@ -78,7 +78,9 @@ def in_processes(function: Callable[[Process], Mapping[str, Any]], *, num_proces
             if num_losses == MAX_LOSSES:
                 raise
     shutil.rmtree(ray_files, ignore_errors=True)
-    return _read(work.result)["returned"]
+    if "returned" not in (found := _read(work.result)):
+        raise EvaluationError("error", f"{workdir} is not a folder that all nodes of the cluster share: --runs must be one")
+    return found["returned"]
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,8 @@ def evaluate(job: Job, report: Report = report_nothing, dataset: DataSet | None 
     warnings: list[str] = []
     values: dict[str, float] = {}
     try:
+        for call in job.calls:
+            call.evaluator.check(subject_of(call, job.candidate), job.candidate.recipe, call.settings)
         if not all(call.evaluator.is_free for call in job.calls):
             _set_num_threads(job.num_threads)
         if dataset is None and job.needs_dataset:

@@ -101,12 +101,14 @@ class Evaluator:
     network of a candidate it looks at: the real one that is reported, or the proxy that is scored in its place. `needs_dataset`
     asks for the whole labelled set, which workers share, where `uses_data` alone means a sample it loads by itself. One that
     `uses_processes` spreads its work over those of the trial (`workers.distributed.on_devices`); any other is run by one of them.
+    `check(model, recipe, settings)` raises SpecError for what it could never measure, and is called before anything is measured.
     """
 
     name: str
     function: Function
     metrics: tuple[Metric, ...]
     settings: type = NoSettings
+    check: Callable[[Model, Recipe | None, Any], None] = lambda model, recipe, settings: None
     subject: Literal["model", "proxy"] = "model"
     is_free: bool = False
     uses_data: bool = False
@@ -156,7 +158,9 @@ class Call:
         return evaluators.get(self.name)
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "settings": dataclasses.asdict(self.settings)}
+        """Without the settings that change no number, `field(metadata={"changes_numbers": False})`."""
+        fields = [each for each in dataclasses.fields(self.settings) if each.metadata.get("changes_numbers", True)]
+        return {"name": self.name, "settings": {each.name: getattr(self.settings, each.name) for each in fields}}
 
     @property
     def digest(self) -> str:

@@ -18,13 +18,14 @@ def predict(
 
     Taken in evaluation mode, in which the network is left as it was found.
     """
-    was_training = network.training
+    modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
         batches = evaluation_batches(dataset, indices, device=device, batch_size=batch_size, num_workers=num_loader_workers)
         return torch.cat([network(batch.images).float() for batch in batches]).cpu().numpy()
     finally:
-        network.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
 
 
 def top1_pct(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -10,7 +10,10 @@
     mixpro          the same images; progressive attention labelling moves the label's weight to what the class token attends to
                     as the network grows confident: lam = alpha lam_attn + (1 - alpha) lam_area, hard labels
     transmix        TransMix: Attend to Mix for Vision Transformers, https://arxiv.org/abs/2111.09833: CutMix's image,
-                    lam = (lam_area + lam_attn) / 2. Released code also draws Mixup now and then; here all batches are TransMix's
+                    lam = (lam_area + lam_attn) / 2
+
+The released code of TransMix also draws Mixup in a fifth of the batches, that of MixPro Mixup or CutMix in half of them; here every
+batch is the method's own.
 
 Every method weighs two labels per image, lam for its own and 1 - lam for its partner's. `recipe.mixing_reference` does as the
 released code, the default what it means to do:
@@ -64,7 +67,7 @@ class Mixed:
     lam: Tensor
     """(B,) float32: the own image's share of the area."""
     mask: Tensor | None = None
-    """(B, g, g) bool, true where a cell is the own image's; None for Mixup and CutMix."""
+    """(B, g, g) bool, true where a cell is the own image's or would be, had it a partner; None for Mixup and CutMix."""
     cell_size: int = 1
     """Pixels per side of a cell of the mask; those at the right and lower border may be cropped."""
 
@@ -87,15 +90,16 @@ class Mixer(Protocol):
         return mixed_loss(logits, labels, mixed.partner, mixed.lam, label_smoothing)
 
 
-def make_mixer(recipe: Recipe, *, img_size: int, patch_size: int | None) -> Mixer | None:
+def make_mixer(recipe: Recipe, *, img_size: int, patch_size: int | None, num_processes: int = 1) -> Mixer | None:
     """The mixer of `recipe.mixing`, or None; `patch_size` None means that the network has no patches to respect.
 
-    Raises SpecError if a batch holds fewer than two images, or a grid does not fit the image in whole patches.
+    Raises SpecError if a process has fewer than two images of a batch at a time, or a grid does not fit the image in whole patches.
     """
     if recipe.mixing == "none":
         return None
-    if recipe.batch_size // recipe.num_accumulation < 2:
-        parts = f"batch_size {recipe.batch_size} in {recipe.num_accumulation} parts" if recipe.num_accumulation > 1 else "batch_size 1"
+    num_parts = recipe.num_accumulation * num_processes
+    if recipe.batch_size < 2 * num_parts:
+        parts = f"batch_size {recipe.batch_size} in {num_parts} parts" if num_parts > 1 else "batch_size 1"
         raise SpecError(f"mixing {recipe.mixing!r} needs two images at a time; {parts} gives one")
     prob, reference = recipe.mixing_prob, recipe.mixing_reference
     match recipe.mixing:
@@ -157,14 +161,13 @@ class GridMixing(Mixer):
         cell_size = self.cell_sizes[int(draw_uniform(generator) * len(self.cell_sizes))]
         grid = math.ceil(img_size / cell_size)
         k = cell_count(draw_uniform(generator), grid**2, self.rule)
-        partner = torch.randperm(B, generator=generator)
-        cells = draw_cells(B, grid, k, generator)
-        is_own_partner = partner == torch.arange(B)
+        partner = _send(torch.randperm(B, generator=generator), images.device)
+        cells = draw_cells(B, grid, k, generator, images.device)
+        is_own_partner = partner == torch.arange(B, device=images.device)
         own = (cells if self.drawn == "own" else ~cells) | is_own_partner[:, None, None]
         lam = token_shares(own, cell_size, img_size, 1)[:, 0]
         if self.reference:
             lam = torch.where(is_own_partner, 1.0, k / grid**2)
-        own, partner, lam = (_send(drawn, images.device) for drawn in (own, partner, lam))
         return Mixed(images=grid_mix(images, own, partner, cell_size), partner=partner, lam=lam, mask=own, cell_size=cell_size)
 
 
@@ -242,9 +245,9 @@ def cell_count(r: float, n: int, rule: CountRule) -> int:
     return max(1, math.ceil(r * (n if rule == "ceil" else n - 1)))
 
 
-def draw_cells(num_images: int, grid: int, k: int, generator: torch.Generator) -> Tensor:
-    """`(B, g, g)` bool with exactly `k` cells true in every image, all choices equally likely."""
-    order = torch.rand(num_images, grid**2, generator=generator).argsort(dim=1, stable=True)
+def draw_cells(num_images: int, grid: int, k: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """`(B, g, g)` bool with exactly `k` cells true in every image, all choices equally likely, the same on every device."""
+    order = _send(torch.rand(num_images, grid**2, generator=generator), torch.device(device)).argsort(dim=1, stable=True)
     return (order < k).view(num_images, grid, grid)
 
 

@@ -23,9 +23,12 @@ from space.model import Model, build_model, decay_exempt, exponent_parameters, s
 from space.randomness import stream
 from space.recipe import Recipe
 from space.registry import SpecError
-from space.spec import ArchSpec, digest_of
+from space.spec import digest_of
+from space.timm_cost import counted
+from space.timm_spec import TimmSpec
+from workers.augmentation import make_image_transform
 from workers.batches import TrainingBatches
-from workers.checkpoints import latest_checkpoint, remove_checkpoints, save_checkpoint
+from workers.checkpoints import latest_checkpoint, save_checkpoint
 from workers.data import DataSet
 from workers.distributed import ALONE, Process
 from workers.evaluator import PROGRESS, EvaluationError, Report, report_nothing
@@ -37,8 +40,8 @@ FINITE_CHECK_STEPS = 50
 
 PROGRESS_EVERY_S = 1.0
 
-CHECKPOINTS = "checkpoints"
-"""The folder of a training's work directory that holds its checkpoints."""
+CHECKPOINTS = "checkpoints-"
+"""Begins the name of the folder in a work directory that holds the checkpoints of a training; its identity follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class Training:
     images_per_s: float
     data_wait_pct: float
     """Share of the training time spent waiting for data; both rates leave validation out and are those since the last start."""
+    checkpoints: Path
+    """The folder of this training's checkpoints, of no more use once the network is stored."""
 
 
 def train(
@@ -71,7 +76,9 @@ def train(
     Raises SpecError where model, recipe and data do not fit one another, and EvaluationError `non_finite` naming the step and the
     last good checkpoint.
     """
-    check_fit(model, recipe, dataset)
+    check_recipe(model, recipe, num_processes=process.world_size)
+    if model.num_classes != dataset.num_classes:
+        raise SpecError(f"the network has {model.num_classes} classes, data {dataset.source!r} has {dataset.num_classes}")
     run = _Run(model, recipe, dataset, workdir, process, report, num_loader_workers, checkpoint_every_s)
     with _own_random_state(process.device):
         run.resume(warn)
@@ -79,21 +86,20 @@ def train(
     return run.result()
 
 
-def check_fit(model: Model, recipe: Recipe, dataset: DataSet) -> None:
-    """Raise SpecError unless the network can be trained on the data in this way."""
-    if model.num_classes != dataset.num_classes:
-        raise SpecError(f"the network has {model.num_classes} classes, data {dataset.source!r} has {dataset.num_classes}")
+def check_recipe(model: Model, recipe: Recipe, *, num_processes: int = 1) -> None:
+    """Raise SpecError unless the network can be trained in this way by so many processes; needs no data."""
     if model.in_chans != 3:
         raise SpecError(f"the network has in_chans {model.in_chans}; images have 3 channels")
-    mixer = make_mixer(recipe, img_size=model.img_size, patch_size=token_size(model))
+    make_image_transform(recipe, model.img_size)
+    mixer = make_mixer(recipe, img_size=model.img_size, patch_size=token_size(model), num_processes=num_processes)
     if mixer is not None and mixer.needs_class_row and (reason := supports_class_row(model)):
         raise SpecError(f"mixing {recipe.mixing!r} reads the class token's attention: {reason}")
 
 
 def token_size(model: Model) -> int | None:
     """Pixels along the side of what one token of the last stage stands for; None where there is no such grid."""
-    if not isinstance(model, ArchSpec):
-        return None  # nothing of ours reads the tokens of a timm model
+    if isinstance(model, TimmSpec):
+        return counted(model).patch_size
     grid = next(part.shape.grid for part in layout(model) if part.path == "norm")  # type: ignore[union-attr]
     return model.img_size // grid[0] if grid else None
 
@@ -110,9 +116,10 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         groups.setdefault((decay, scale), []).append(parameter)
     # timm's schedulers multiply the rate of a group by its "lr_scale".
     params: Any = [{"params": params, "weight_decay": decay, "lr_scale": scale} for (decay, scale), params in groups.items()]
-    fused: dict[str, Any] = {"fused": True} if recipe.optimizer in ("adamw", "sgd") else {}
+    # timm's LAMB clips by itself unless told not to, which is the recipe's to say.
+    own: dict[str, dict[str, Any]] = {"adamw": {"fused": True}, "sgd": {"fused": True}, "lamb": {"max_grad_norm": None}}
     return optim.create_optimizer_v2(  # type: ignore[reportPrivateImportUsage]
-        params, opt=recipe.optimizer, lr=recipe.optimizer_lr, momentum=0.9, **fused
+        params, opt=recipe.optimizer, lr=recipe.optimizer_lr, momentum=0.9, **own.get(recipe.optimizer, {})
     )
 
 
@@ -125,7 +132,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_ep
     scale = recipe.optimizer_lr / recipe.lr
     return CosineLRScheduler(
         optimizer,
-        t_initial=num_steps - warmup,
+        t_initial=max(num_steps - 1 - warmup, 1),
         lr_min=recipe.min_lr * scale,
         warmup_t=warmup,
         warmup_lr_init=recipe.min_lr * scale,
@@ -149,8 +156,8 @@ class _Run:
         checkpoint_every_s: float,
     ):
         self.model, self.recipe, self.dataset, self.process = model, recipe, dataset, process
-        self.folder = workdir / CHECKPOINTS
         self.report = report if process.rank == 0 else report_nothing
+        self.folder = workdir / f"{CHECKPOINTS}{self.identity}"
         self.num_loader_workers, self.checkpoint_every_s = num_loader_workers, checkpoint_every_s
         self.batches = TrainingBatches(
             dataset, recipe, device=process.device, rank=process.rank, world_size=process.world_size, num_workers=num_loader_workers
@@ -159,7 +166,7 @@ class _Run:
         self.average = self._make_average()
         self.optimizer = make_optimizer(self.network, recipe)
         self.schedule = make_schedule(self.optimizer, recipe, self.batches.num_steps)
-        self.mixer = make_mixer(recipe, img_size=model.img_size, patch_size=token_size(model))
+        self.mixer = make_mixer(recipe, img_size=model.img_size, patch_size=token_size(model), num_processes=process.world_size)
         self.num_steps = recipe.epochs * self.batches.num_steps
         self.step = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=process.device)
@@ -172,10 +179,6 @@ class _Run:
     def resume(self, warn: Callable[[str], None]) -> None:
         """Go on from the last checkpoint, if there is one of this training."""
         found = latest_checkpoint(self.folder, warn) if self.process.rank == 0 else None
-        if found is not None and found[1]["identity"] != self.identity:
-            warn(f"{found[0]} is of another training and was not used")
-            remove_checkpoints(self.folder)
-            found = None
         if self.process.world_size > 1:
             # The first process alone tidies the folder, so the others are told what it found.
             shared = [found]
@@ -184,6 +187,7 @@ class _Run:
         if found is None:
             return
         self.last_checkpoint, state = found
+        self.dataset.record_damage(tuple(state["skipped"]))
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
@@ -205,7 +209,9 @@ class _Run:
                 if now - shown_at >= PROGRESS_EVERY_S:
                     shown_at = now
                     self.report(PROGRESS, self.step / self.num_steps, self.step)
-                if now - saved_at >= self.checkpoint_every_s and self.step % self.batches.num_steps:
+                # The processes' losses come together at the end of an epoch: until then no one of them could save the sum.
+                is_inside = self.step % self.batches.num_steps and self.process.world_size == 1
+                if now - saved_at >= self.checkpoint_every_s and is_inside:
                     self._save()
                     saved_at = time.monotonic()
             self._check_finite()
@@ -219,7 +225,11 @@ class _Run:
     def result(self) -> Training:
         network = self.network if self.average is None else self.average.module
         return Training(
-            network=network.eval(), train_loss=self.train_loss, images_per_s=self.images_per_s, data_wait_pct=self.data_wait_pct
+            network=network.eval(),
+            train_loss=self.train_loss,
+            images_per_s=self.images_per_s,
+            data_wait_pct=self.data_wait_pct,
+            checkpoints=self.folder,
         )
 
     @property
@@ -233,7 +243,7 @@ class _Run:
     @property
     def identity(self) -> str:
         """Of what is trained, on what, and by how many processes."""
-        return digest_of([self.model.digest, self.recipe.to_json(), self.dataset.source, len(self.dataset.train), self.process.world_size])
+        return digest_of([self.model.digest, self.recipe.to_json(), self.dataset.digest, self.process.world_size])
 
     def _take_step(self, forward: Callable[..., Any], epoch: int, images: Tensor, labels: Tensor) -> None:
         recipe, num_parts = self.recipe, self.recipe.num_accumulation
@@ -248,9 +258,10 @@ class _Run:
                 part_loss = self._loss(forward, some_images, some_labels, seed) * (len(some_images) / len(images))
                 part_loss.backward()
             loss += part_loss.detach()
-        self.first_bad_step = torch.where((self.first_bad_step < 0) & ~torch.isfinite(loss), self.step, self.first_bad_step)
-        if recipe.clip_grad_norm:
-            nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip_grad_norm)
+        # A finite loss can have gradients that are not, and the weights are then lost with this step.
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip_grad_norm or math.inf)
+        is_good = torch.isfinite(loss) & torch.isfinite(norm)
+        self.first_bad_step = torch.where((self.first_bad_step < 0) & ~is_good, self.step, self.first_bad_step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
@@ -276,6 +287,7 @@ class _Run:
         if self.process.world_size > 1:
             torch.distributed.all_reduce(self.loss_sum)
             self.loss_sum /= self.process.world_size
+            self._share_damage()
         self.train_loss = (self.loss_sum / self.batches.num_steps).item()
         self.loss_sum = torch.zeros_like(self.loss_sum)
         if self.process.rank:
@@ -294,6 +306,14 @@ class _Run:
         for name, value in shown.items():
             self.report(name, value, epoch + 1)
 
+    def _share_damage(self) -> None:
+        """Each process has met damaged files of its own share of a streamed set."""
+        if self.dataset.images is None:
+            met: list[Any] = [None] * self.process.world_size
+            torch.distributed.all_gather_object(met, self.dataset.skipped)
+            for names in met:
+                self.dataset.record_damage(names)
+
     def _check_finite(self) -> None:
         bad_step = int(self.first_bad_step.item())
         if bad_step < 0:
@@ -301,17 +321,17 @@ class _Run:
         epoch = bad_step // self.batches.num_steps
         where = f"step {bad_step} (epoch {epoch + 1} of {self.recipe.epochs})"
         good = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint yet"
-        raise EvaluationError("non_finite", f"the loss is not finite at {where}; {good}")
+        raise EvaluationError("non_finite", f"the loss or its gradient is not finite at {where}; {good}")
 
     def _save(self) -> None:
         self._check_finite()
         if self.process.rank:
             return
         state = {
-            "identity": self.identity,
             "step": self.step,
             "train_loss": self.train_loss,
             "loss_sum": self.loss_sum.cpu(),
+            "skipped": list(self.dataset.skipped),
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.module.state_dict(),

@@ -33,7 +33,7 @@ from space.spec import ArchSpec, digest_of
 from space.vit import VisionTransformer
 from workers.batches import evaluation_batches
 from workers.checkpoints import load_model
-from workers.data import DataSet, fingerprint
+from workers.data import DataSet
 from workers.evaluator import ARTIFACTS, Context, EvaluationError, evaluator
 from workers.evaluators.short_train import PREDICTIONS, WEIGHTS, write_predictions
 from workers.inference import mean_nll, top1_pct
@@ -137,7 +137,7 @@ def cached_tokens(backbone: nn.Module, weights: Path, dataset: DataSet, *, devic
     """
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    path = weights.parent / f"tokens-{digest_of([digest, fingerprint(dataset.source), dtype])}.npy"
+    path = weights.parent / f"tokens-{digest_of([digest, dataset.digest, dtype])}.npy"
     if not path.exists():
         _write_tokens(backbone, path, dataset, device, dtype)
     # Copy on write: torch warns of arrays that cannot be written to, and the file stays as it is.

@@ -26,6 +26,8 @@ from results.records import Metric, write_bytes_atomically
 from results.robustness_plot import area_pct, read_curves, write_html, write_png
 from space.model import Model
 from space.randomness import stream
+from space.recipe import Recipe
+from space.registry import SpecError
 from workers.batches import evaluation_batches
 from workers.checkpoints import load_model
 from workers.corruptions import (
@@ -90,6 +92,13 @@ class _Curve:
     """Images, partners `(B, 3, H, W)` and ids `(B,)` to the images at each level after the first."""
 
 
+def check(model: Model, recipe: Recipe | None, settings: RobustnessSettings) -> None:
+    try:
+        settings.grids(model.img_size)
+    except ValueError as error:
+        raise SpecError(f"robustness: {error}") from error
+
+
 @evaluator(
     "robustness",
     metrics=(
@@ -100,6 +109,7 @@ class _Curve:
         Metric("permutation_auc_pct", "maximize", "area under accuracy over log2 of the number of shuffled tiles"),
     ),
     settings=RobustnessSettings,
+    check=check,
     uses_data=True,
     needs_dataset=True,
     memory_mb=2000,

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,24 +22,46 @@ from space.model import Model
 from space.recipe import Recipe
 from space.registry import SpecError
 from space.spec import digest_of
-from workers.checkpoints import remove_checkpoints, save_model
+from workers.checkpoints import save_model
 from workers.data import DataSet
 from workers.distributed import Process, on_devices
 from workers.evaluator import ARTIFACTS, Context, Report, evaluator
 from workers.inference import mean_nll, predict, top1_pct
-from workers.training import CHECKPOINTS, train
+from workers.training import check_recipe, train
 
 WEIGHTS = "model.pt"
 PREDICTIONS = "predictions.npz"
 FINISHED = "trained.json"
+MUCH_WAITING_PCT = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShortTrainSettings:
-    """How the training is run, not what it computes: the numbers are the same whatever stands here."""
+    """How the training is run; nothing here changes a number.
 
-    checkpoint_every_s: float = 60.0
-    num_loader_workers: int = 0
+    `num_loader_workers` decode and transform single images, where that is needed; -1 takes none on the CPU, which the training
+    has to itself, and for a GPU one per core, eight at most.
+    """
+
+    checkpoint_every_s: float = field(default=60.0, metadata={"changes_numbers": False})
+    num_loader_workers: int = field(default=-1, metadata={"changes_numbers": False})
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint_every_s >= 0:
+            raise ValueError(f"checkpoint_every_s is {self.checkpoint_every_s!r}; allowed: numbers from 0")
+        if self.num_loader_workers < -1:
+            raise ValueError(f"num_loader_workers is {self.num_loader_workers!r}; allowed: whole numbers from -1")
+
+    def num_loaders(self, device: str) -> int:
+        if self.num_loader_workers >= 0:
+            return self.num_loader_workers
+        return min(8, len(os.sched_getaffinity(0))) if device.startswith("cuda") else 0
+
+
+def check(model: Model, recipe: Recipe | None, settings: ShortTrainSettings) -> None:
+    if recipe is None:
+        raise SpecError("short_train needs a recipe: --recipe epochs=20,batch_size=64 for one model, or a study that gives its trials one")
+    check_recipe(model, recipe)
 
 
 @evaluator(
@@ -50,6 +74,7 @@ class ShortTrainSettings:
         Metric("train_loss", "minimize", "mean training loss of the last epoch, mixing and smoothing included"),
     ),
     settings=ShortTrainSettings,
+    check=check,
     uses_data=True,
     needs_dataset=True,
     uses_processes=True,
@@ -57,14 +82,11 @@ class ShortTrainSettings:
 )
 def short_train(model: Model, context: Context, settings: ShortTrainSettings) -> Mapping[str, float]:
     """Train with the trial's recipe; leaves the weights, and the test logits of every image as an artifact."""
-    if context.recipe is None or context.dataset is None:
-        raise SpecError("short_train needs a recipe: --recipe epochs=20,batch_size=64 for one model, or a study that gives its trials one")
+    check(model, context.recipe, settings)
+    assert context.recipe is not None
+    assert context.dataset is not None
     dataset, recipe = context.dataset, context.recipe
-    identity = digest_of([model.digest, recipe.to_json(), context.data])
-    if (values := _finished(context.workdir, identity)) is not None:
-        return values
-    for warning in dataset.warnings:
-        context.warn(warning)
+    identity = digest_of([model.digest, recipe.to_json(), dataset.digest])
     work = partial(
         _train_and_judge,
         model=model,
@@ -73,31 +95,49 @@ def short_train(model: Model, context: Context, settings: ShortTrainSettings) ->
         workdir=context.workdir.absolute(),
         report=context.report,
         settings=settings,
+        identity=identity,
     )
-    done = on_devices(work, context)
-    for warning in done["warnings"]:
+    done = _finished(context.workdir, identity) or on_devices(work, context)
+    for warning in (*dataset.warnings, *done["warnings"]):
         context.warn(warning)
-    write_json_atomically(context.workdir / FINISHED, {"identity": identity, "values": done["values"]})
-    remove_checkpoints(context.workdir / CHECKPOINTS)
     return done["values"]
 
 
 def _train_and_judge(
-    process: Process, *, model: Model, recipe: Recipe, dataset: DataSet, workdir: Path, report: Report, settings: ShortTrainSettings
+    process: Process,
+    *,
+    model: Model,
+    recipe: Recipe,
+    dataset: DataSet,
+    workdir: Path,
+    report: Report,
+    settings: ShortTrainSettings,
+    identity: str,
 ) -> dict[str, Any]:
     """Train; in the first process also judge the network and write what the trial leaves."""
     warnings: list[str] = []
-    training = train(model, recipe, dataset, workdir=workdir, process=process, report=report, warn=warnings.append, **asdict(settings))
+    num_loaders = settings.num_loaders(process.device)
+    training = train(
+        model,
+        recipe,
+        dataset,
+        workdir=workdir,
+        process=process,
+        report=report,
+        warn=warnings.append,
+        num_loader_workers=num_loaders,
+        checkpoint_every_s=settings.checkpoint_every_s,
+    )
     if process.rank:
         return {}
     parts = {"val": dataset.val, "test": dataset.test}
     labels = {part: dataset.labels[indices] for part, indices in parts.items()}
     logits = {
-        part: predict(training.network, dataset, indices, device=process.device, num_loader_workers=settings.num_loader_workers)
+        part: predict(training.network, dataset, indices, device=process.device, num_loader_workers=num_loaders)
         for part, indices in parts.items()
     }
     if dataset.skipped:
-        # A set that is streamed knows its damaged files only now.
+        # A set that is streamed knows all its damaged files only now.
         named = ", ".join(dataset.skipped[:5]) + (", ..." if len(dataset.skipped) > 5 else "")
         warnings.append(f"data {dataset.source!r}: skipped as damaged ({len(dataset.skipped)}): {named}")
     write_predictions(workdir / ARTIFACTS / PREDICTIONS, dataset.test, labels["test"], logits["test"])
@@ -109,7 +149,12 @@ def _train_and_judge(
         "test_nll": mean_nll(logits["test"], labels["test"]),
         "train_loss": training.train_loss,
     }
-    return {"values": values, "warnings": warnings}
+    if training.data_wait_pct > MUCH_WAITING_PCT:
+        warnings.append(f"the training waited for data {training.data_wait_pct:.0f} % of its time: --set short_train.num_loader_workers=N")
+    done = {"values": values, "warnings": warnings}
+    write_json_atomically(workdir / FINISHED, {"identity": identity, **done})
+    shutil.rmtree(training.checkpoints, ignore_errors=True)
+    return done
 
 
 def write_predictions(path: Path, ids: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> None:
@@ -119,10 +164,10 @@ def write_predictions(path: Path, ids: np.ndarray, labels: np.ndarray, logits: n
     write_bytes_atomically(path, buffer.getvalue())
 
 
-def _finished(workdir: Path, identity: str) -> Mapping[str, float] | None:
-    """What this training measured, if it had ended when its worker was lost in a later evaluator."""
+def _finished(workdir: Path, identity: str) -> Mapping[str, Any] | None:
+    """What `_train_and_judge` returned, if it had ended when its worker was lost in a later evaluator."""
     try:
         stored = json.loads((workdir / FINISHED).read_text())
     except (OSError, json.JSONDecodeError):
         return None
-    return stored["values"] if stored["identity"] == identity and (workdir / WEIGHTS).exists() else None
+    return stored if stored["identity"] == identity and (workdir / WEIGHTS).exists() else None
