@@ -13,22 +13,42 @@ import hashlib
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from results.records import Metric
-from results.statistics import Alternative, holm, minimum_detectable_effect, paired_bootstrap, sign_flip_test, tost
+from results.robustness_plot import Curve, area_pct
+from results.statistics import (
+    Alternative,
+    Bootstrap,
+    holm,
+    minimum_detectable_effect,
+    resample,
+    sign_flip_detectable_effect,
+    sign_flip_test,
+    tost,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TEXT_WIDTH = 120
-_NAME_WIDTH = 30
-_NUMBER_WIDTHS = (15, 9, 8, 8, 15, 10, 6)
+_NAME_WIDTH = 27
+_NUMBER_WIDTHS = (15, 14, 8, 7, 14, 10, 6)
+_MAX_LEVEL_OUTCOMES = 4
+
+CellKey = tuple[str, str, int]
+"""Factor, level, seed."""
+
+TestKey = tuple[str, str, str]
+"""Factor, contrast as text, outcome: a row of the table of effects."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +57,7 @@ class Contrast:
 
     `outcome` is what it was made for: there `alternative` (of the effect's sign, not of its being better) and `published`
     apply; on other outcomes the test is two-sided. `published` is the effect in the outcome's unit, percentage points for
-    accuracies, as `source` states it.
+    accuracies, as `source` states it; of a range it is the lower end.
     """
 
     factor: str
@@ -137,11 +157,16 @@ class Design:
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """One trial on the test images: `ids` and `labels` (N,) int64, each outcome (N,) float."""
+    """One trial on the test images: `ids` and `labels` (N,) int64, each outcome (N,) float.
+
+    `curves` are those of its robustness, averaged over the images: levels (L,) and accuracy (L,) in percent.
+    """
 
     ids: np.ndarray
     labels: np.ndarray
     outcomes: Mapping[str, np.ndarray]
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    num_classes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,31 +178,52 @@ class Cell:
     seed: int
     predictions: Predictions
 
+    @property
+    def key(self) -> CellKey:
+        return self.factor, self.level, self.seed
+
 
 def read_predictions(path: Path) -> Predictions:
     """The outcomes of a trial from its `predictions.npz` and from `robustness.npz` beside it, if there is one.
 
     `top1_pct` is 0 or 100 per image and `nll` in nats; a robustness curve `name` gives `<name>_auc`, the accuracy in percent
-    averaged over the range of its levels (trapezoids). Raises ValueError for logits that are not finite and for curves of
-    other images.
+    averaged over the range of its levels (trapezoids). Raises ValueError, naming the file, for one that is damaged, for logits
+    that are not finite and for curves of other images.
     """
-    with np.load(path) as file:
-        ids, labels, logits = file["ids"], file["labels"], file["logits"].astype(float)
+    stored = _arrays(path, ("ids", "labels", "logits"))
+    ids, labels, logits = stored["ids"], stored["labels"], stored["logits"].astype(float)
+    if not (ids.shape == labels.shape == logits.shape[:1] and logits.ndim == 2 and len(ids)):
+        raise ValueError(f"{path.name}: ids {ids.shape}, labels {labels.shape} and logits {logits.shape} do not belong together")
     if not np.isfinite(logits).all():
-        raise ValueError(f"{path}: logits of {(~np.isfinite(logits)).any(axis=1).sum()} images are not finite")
+        raise ValueError(f"{path.name}: logits of {(~np.isfinite(logits)).any(axis=1).sum()} images are not finite")
+    if not ((labels >= 0) & (labels < logits.shape[1])).all():
+        raise ValueError(f"{path.name}: labels from {labels.min()} to {labels.max()} of {logits.shape[1]} classes")
     logits -= logits.max(axis=1, keepdims=True)
     nll = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
     outcomes = {"top1_pct": 100.0 * (logits.argmax(axis=1) == labels), "nll": nll}
-    curves = path.with_name("robustness.npz")
-    if curves.exists():
-        with np.load(curves) as file:
-            order = _positions(file["ids"], ids, str(curves), str(path))
-            for name in sorted(set(file.files) - {"ids"}):
-                if f"{name}_levels" in file.files:
-                    levels = file[f"{name}_levels"].astype(float)
-                    area = np.trapezoid(file[name].astype(float), levels, axis=1)
-                    outcomes[f"{name}_auc"] = (100.0 * area / (levels[-1] - levels[0]))[order]
-    return Predictions(ids=ids, labels=labels, outcomes=outcomes)
+    curves: dict[str, Curve] = {}
+    beside = path.with_name("robustness.npz")
+    if beside.exists():
+        stored = _arrays(beside, ("ids",))
+        order = _positions(stored["ids"], ids, beside.name, path.name)
+        for name in sorted(name for name in stored if f"{name}_levels" in stored):
+            levels, correct = stored[f"{name}_levels"].astype(float), 100.0 * stored[name]
+            if correct.shape != (len(ids), len(levels)):
+                raise ValueError(f"{beside.name}: {name} is {correct.shape} for {len(ids)} images at {len(levels)} levels")
+            outcomes[f"{name}_auc"] = area_pct(levels, correct)[order]
+            curves[name] = levels, correct.mean(axis=0)
+    return Predictions(ids=ids, labels=labels, outcomes=outcomes, curves=curves, num_classes=logits.shape[1])
+
+
+def _arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as file:
+            stored = dict(file)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path.name}: {type(error).__name__}: {error}") from error
+    if lacking := [name for name in needed if name not in stored]:
+        raise ValueError(f"{path.name}: no {', '.join(lacking)} in it")
+    return stored
 
 
 def _positions(ids: np.ndarray, wanted: np.ndarray, where: str, other: str) -> np.ndarray:
@@ -197,29 +243,43 @@ def _some(ids: np.ndarray) -> str:
     return (", ".join(map(str, ids[:5].tolist())) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")) or "none"
 
 
-def effects_table(cells: Iterable[Cell], design: Design, *, seed: int = 0, num_resamples: int = 10_000) -> pd.DataFrame:
+def effects_table(
+    cells: Iterable[Cell],
+    design: Design,
+    *,
+    absent: Mapping[CellKey, str] | None = None,
+    num_trials_before: Mapping[TestKey, int] | None = None,
+    seed: int = 0,
+    num_resamples: int = 10_000,
+) -> pd.DataFrame:
     """A row per contrast and outcome, primary ones first.
 
-    factor, contrast, outcome, unit, goal; n_seeds, n_images, missing (which arms lack which seeds); mean and baseline_mean of
-    the arms; effect, low, high (`calibrated` 95 % interval over seeds and images); p of the exact sign-flip test over
-    seeds, smallest_p it could have had, p_holm and family_size (nan and 1 for primary rows), is_primary, rejected at the
-    design's alpha; margin and equivalent_p (TOST); mde_seeds and mde_images, the effects found with 80 % power at the level
-    a row is tested at (alpha over the family's size) against the spread over seeds and over images alone; published, source
-    and could_have_seen (both MDEs are at most the published effect, and so many seeds can reject; None when none is published);
-    verdict; majority_pct, the accuracy of always guessing the most frequent class of the test set.
+    factor, contrast, outcome, unit, goal; n_seeds, n_images, missing (which arms lack which seeds, and why); mean and
+    baseline_mean of the arms; effect, low, high (`calibrated` 95 % interval over seeds and images) and low_90, high_90; p of
+    the sign-flip test over seeds against `alternative`, is_exact, smallest_p it could have had, p_holm and family_size (nan
+    and 1 for primary rows), is_primary, rejected at the design's alpha, is_shown (rejected, and the interval excludes 0).
 
-    A seed counts where all arms have it. A row that was not measured stays in its family with p = 1: families were fixed
-    before the run. Raises ValueError for a trial given twice and for arms tested on different images.
+    margin, and whether the 90 % interval says no_harm (its harmful end is inside) or equivalent (both ends are): the two
+    one-sided tests by interval inclusion, for seeds and images together, not corrected for how many there are; equivalent_p,
+    TOST's over seeds alone. mde_seeds and mde_images, what is found with 80 % power at the level a row is tested at (alpha
+    over the family's size) against the spread over seeds, by sign flips of normal differences, and against that over images
+    alone, by a t-test; published, source and could_have_seen (both are at most the published effect; None when none is
+    published); num_trials_before, as given: trials of the arms that were there when the row was registered; verdict;
+    majority_pct, the accuracy of always guessing the most frequent class of the test set.
+
+    A seed counts where all arms have it on the same test images as most trials; `absent` tells why a cell has no
+    predictions. A row that was not measured stays in its family with p = 1: families were fixed before the run. Raises
+    ValueError for a trial given twice.
     """
     import pandas as pd
 
-    trials: dict[tuple[str, str, int], Predictions] = {}
-    for cell in cells:
-        key = (cell.factor, cell.level, cell.seed)
-        if key in trials:
-            raise ValueError(f"two trials of factor {cell.factor!r}, level {cell.level!r}, seed {cell.seed}")
-        trials[key] = cell.predictions
-    rows = [_row(trials, contrast, outcome, design, seed, num_resamples) for contrast in design.contrasts for outcome in design.outcomes]
+    tested = _on_same_images(cells, absent or {})
+    made = [_row(tested, contrast, outcome, design) for contrast in design.contrasts for outcome in design.outcomes]
+    measured = [(row, differences) for row, differences in made if differences is not None]
+    bootstraps = resample([differences for _, differences in measured], seed=seed, num_resamples=num_resamples)
+    for (row, differences), bootstrap in zip(measured, bootstraps, strict=True):
+        row |= _numbers(row, differences, bootstrap, design, seed)
+    rows = [row for row, _ in made]
     for factor, outcome in dict.fromkeys((row["factor"], row["outcome"]) for row in rows):
         family = [row for row in rows if (row["factor"], row["outcome"]) == (factor, outcome) and not row["is_primary"]]
         adjusted = holm([1.0 if math.isnan(row["p"]) else row["p"] for row in family])
@@ -227,25 +287,71 @@ def effects_table(cells: Iterable[Cell], design: Design, *, seed: int = 0, num_r
             row["p_holm"] = math.nan if math.isnan(row["p"]) else float(p)
     for row in rows:
         row["rejected"] = (row["p"] if row["is_primary"] else row["p_holm"]) <= design.alpha
+        row["is_shown"] = row["rejected"] and _excludes_zero(row)
+        row["num_trials_before"] = (num_trials_before or {}).get((row["factor"], row["contrast"], row["outcome"]))
         row["verdict"] = _verdict(row, design)
-    table = pd.DataFrame(rows).astype({"could_have_seen": object})
+    table = pd.DataFrame(rows).astype({"could_have_seen": object, "num_trials_before": object})
     return table.sort_values(by="is_primary", ascending=False, kind="stable", ignore_index=True)
 
 
-def _row(
-    trials: Mapping[tuple[str, str, int], Predictions], contrast: Contrast, outcome: Metric, design: Design, seed: int, num_resamples: int
-) -> dict[str, Any]:
-    arms = {
-        level: {trial: found for (factor, name, trial), found in trials.items() if (factor, name) == (contrast.factor, level)}
-        for level in (contrast.baseline, *contrast.levels)
-    }
-    measured = {level: {trial for trial, found in arm.items() if outcome.name in found.outcomes} for level, arm in arms.items()}
-    seeds = sorted(set.intersection(*measured.values()))
-    lacking = {level: sorted(set.union(*measured.values()) - has) for level, has in measured.items()}
+@dataclass(frozen=True, kw_only=True)
+class _Tested:
+    """The trials on one set of test images: each outcome (N,) in the same order of images."""
+
+    trials: Mapping[CellKey, Mapping[str, np.ndarray]]
+    absent: Mapping[CellKey, str]
+    labels: np.ndarray
+
+    def arm(self, factor: str, level: str, outcome: str) -> dict[int, np.ndarray]:
+        """The trials of a level that have the outcome, by seed."""
+        found = {seed: has for (name, value, seed), has in self.trials.items() if (name, value) == (factor, level)}
+        return {seed: has[outcome] for seed, has in sorted(found.items()) if outcome in has}
+
+    def missing(self, factor: str, level: str, outcome: str, wanted: Collection[int]) -> str:
+        """Which of the wanted seeds, and of those that failed, a level lacks and why; empty if none."""
+        failed = {seed for name, value, seed in self.absent if (name, value) == (factor, level)}
+        seeds_by_reason: dict[str, list[int]] = {}
+        for seed in sorted({*wanted, *failed} - self.arm(factor, level, outcome).keys()):
+            key = (factor, level, seed)
+            reason = f"no {outcome}" if key in self.trials else self.absent.get(key, "not run")
+            seeds_by_reason.setdefault(reason, []).append(seed)
+        parts = [f"seed {_some(np.array(seeds))} ({reason})" for reason, seeds in seeds_by_reason.items()]
+        return f"{level} lacks {', '.join(parts)}" if parts else ""
+
+
+def _on_same_images(cells: Iterable[Cell], absent: Mapping[CellKey, str]) -> _Tested:
+    """The cells on the test images that most of them have; the others are absent, and say so."""
+    by_key: dict[CellKey, Cell] = {}
+    for cell in cells:
+        if cell.key in by_key:
+            raise ValueError(f"two trials of factor {cell.factor!r}, level {cell.level!r}, seed {cell.seed}")
+        by_key[cell.key] = cell
+    image_sets = {key: np.sort(cell.predictions.ids).tobytes() for key, cell in by_key.items()}
+    if not by_key:
+        return _Tested(trials={}, absent=absent, labels=np.zeros(0, dtype=np.int64))
+    (most_common, _), *_ = Counter(image_sets.values()).most_common(1)
+    first = by_key[next(key for key, images in image_sets.items() if images == most_common)].predictions
+    trials: dict[CellKey, Mapping[str, np.ndarray]] = {}
+    reasons = dict(absent)
+    for key, cell in by_key.items():
+        found = cell.predictions
+        try:
+            order = _positions(found.ids, first.ids, "this trial", "most")
+        except ValueError as error:
+            reasons[key] = str(error)
+        else:
+            trials[key] = {name: np.asarray(values, dtype=float)[order] for name, values in found.outcomes.items()}
+    return _Tested(trials=trials, absent=reasons, labels=first.labels)
+
+
+def _row(tested: _Tested, contrast: Contrast, outcome: Metric, design: Design) -> tuple[dict[str, Any], np.ndarray | None]:
+    """A row without what follows from its differences, and those (S, N), if any seed has every arm."""
+    arms = {level: tested.arm(contrast.factor, level, outcome.name) for level in (contrast.baseline, *contrast.levels)}
+    seeds = sorted(set.intersection(*(set(arm) for arm in arms.values())))
+    wanted = set.union(*(set(arm) for arm in arms.values()))
+    missing = [tested.missing(contrast.factor, level, outcome.name, wanted) for level in arms]
     is_own = outcome.name == contrast.outcome
-    is_primary = contrast.is_primary and is_own
     unit = _unit(outcome.name)
-    published = contrast.published if is_own else None
     row: dict[str, Any] = {
         "factor": contrast.factor,
         "contrast": contrast.text,
@@ -254,69 +360,91 @@ def _row(
         "goal": outcome.goal,
         "n_seeds": len(seeds),
         "n_images": 0,
-        "missing": "; ".join(f"{level} lacks seed {_some(np.array(absent))}" for level, absent in lacking.items() if absent),
-        **dict.fromkeys(("mean", "baseline_mean", "effect", "low", "high", "p", "smallest_p", "p_holm"), math.nan),
+        "missing": "; ".join(part for part in missing if part),
+        **dict.fromkeys(("mean", "baseline_mean", "effect", "low", "high", "low_90", "high_90"), math.nan),
+        "alternative": design.alternative(contrast, outcome.name),
+        **dict.fromkeys(("p", "smallest_p", "p_holm"), math.nan),
+        "is_exact": True,
         "family_size": design.family_size(contrast, outcome.name),
-        "is_primary": is_primary,
+        "is_primary": contrast.is_primary and is_own,
         "rejected": False,
+        "is_shown": False,
         "margin": design.margin_pct if unit == "points" else math.nan,
+        "no_harm": False,
+        "equivalent": False,
         **dict.fromkeys(("equivalent_p", "mde_seeds", "mde_images"), math.nan),
-        "published": math.nan if published is None else published,
+        "published": contrast.published if is_own and contrast.published is not None else math.nan,
         "source": contrast.source if is_own else "",
         "could_have_seen": None,
+        "num_trials_before": None,
         "verdict": "",
         "majority_pct": math.nan,
     }
     if not seeds:
-        return row
-    first = arms[contrast.baseline][seeds[0]]
-    baseline, *treated = (_values(arm, outcome.name, seeds, first.ids, contrast, level) for level, arm in arms.items())
+        return row, None
+    baseline, *treated = (np.stack([arm[seed] for seed in seeds]) for arm in arms.values())
     mean = np.mean(treated, axis=0)
-    row |= {"n_images": len(first.ids), "majority_pct": _majority_pct(first.labels)}
+    row |= {"n_images": mean.shape[1], "majority_pct": _majority_pct(tested.labels)}
     row |= {"mean": float(mean.mean()), "baseline_mean": float(baseline.mean())}
-    row |= _numbers(mean - baseline, design.alternative(contrast, outcome.name), design.alpha / row["family_size"], seed, num_resamples)
-    if unit == "points" and len(seeds) > 1:
-        row["equivalent_p"] = tost((mean - baseline).mean(axis=1), design.margin_pct)
-    if published is not None:
-        can_reject = row["smallest_p"] * row["family_size"] <= design.alpha
-        row["could_have_seen"] = can_reject and max(row["mde_seeds"], row["mde_images"]) <= abs(published)
-    return row
+    return row, mean - baseline
 
 
-def _numbers(differences: np.ndarray, alternative: Alternative, alpha: float, seed: int, num_resamples: int) -> dict[str, float]:
+def _numbers(row: Mapping[str, Any], differences: np.ndarray, bootstrap: Bootstrap, design: Design, seed: int) -> dict[str, Any]:
+    S, N = differences.shape
     per_seed, per_image = differences.mean(axis=1), differences.mean(axis=0)
-    interval = paired_bootstrap(differences, seed=seed, num_resamples=num_resamples)
-    test = sign_flip_test(per_seed, alternative=alternative, seed=seed)
+    interval, narrow = bootstrap.interval(0.95), bootstrap.interval(0.90)
+    test = sign_flip_test(per_seed, alternative=row["alternative"], seed=seed)
+    alpha = design.alpha / row["family_size"]
     # A one-sided test has the power of a two-sided one at twice its level.
-    level = alpha if alternative == "two-sided" else 2 * alpha
-    mde_seeds, mde_images = (
-        minimum_detectable_effect(float(values.std(ddof=1)), len(values), alpha=level) if len(values) > 1 else math.inf
-        for values in (per_seed, per_image)
-    )
+    level = alpha if row["alternative"] == "two-sided" else 2 * alpha
+    spread = float(per_seed.std(ddof=1)) if S > 1 else math.nan
+    mde_seeds = sign_flip_detectable_effect(spread, S, alpha=alpha, alternative=row["alternative"])
+    mde_images = minimum_detectable_effect(float(per_image.std(ddof=1)), N, alpha=level) if N > 1 else math.inf
+    # A single seed knows nothing of other trainings, and nothing about harm is said from it.
+    above, below = (S > 1 and narrow.low > -row["margin"]), (S > 1 and narrow.high < row["margin"])
+    published = row["published"]
     return {
         "effect": interval.estimate,
         "low": interval.low,
         "high": interval.high,
+        "low_90": narrow.low,
+        "high_90": narrow.high,
         "p": test.p_value,
         "smallest_p": test.smallest_p,
+        "is_exact": test.is_exact,
+        "no_harm": above if row["goal"] == "maximize" else below,
+        "equivalent": above and below,
+        "equivalent_p": tost(per_seed, row["margin"]) if S > 1 and row["margin"] > 0 else math.nan,
         "mde_seeds": mde_seeds,
         "mde_images": mde_images,
+        "could_have_seen": None if math.isnan(published) else max(mde_seeds, mde_images) <= abs(published),
     }
 
 
-def _values(
-    arm: Mapping[int, Predictions], outcome: str, seeds: Sequence[int], ids: np.ndarray, contrast: Contrast, level: str
-) -> np.ndarray:
-    """(S, N): an arm's outcome with its images in the order of `ids`."""
-    other = f"{contrast.factor} = {contrast.baseline}, seed {seeds[0]}"
-    return np.stack(
-        [
-            np.asarray(arm[seed].outcomes[outcome], dtype=float)[
-                _positions(arm[seed].ids, ids, f"{contrast.factor} = {level}, seed {seed}", other)
-            ]
-            for seed in seeds
-        ]
-    )
+def levels_table(cells: Iterable[Cell], design: Design, *, absent: Mapping[CellKey, str] | None = None) -> pd.DataFrame:
+    """A row per level and outcome: factor, level, outcome, unit, n_seeds, mean and sd over seeds (ddof 1), missing."""
+    import pandas as pd
+
+    tested = _on_same_images(cells, absent or {})
+    levels = dict.fromkeys((one.factor, level) for one in design.contrasts for level in (one.baseline, *one.levels))
+    rows = []
+    for factor, level in levels:
+        seeds = {seed for name, _, seed in (*tested.trials, *tested.absent) if name == factor}
+        for outcome in design.outcomes:
+            means = [values.mean() for values in tested.arm(factor, level, outcome.name).values()]
+            rows.append(
+                {
+                    "factor": factor,
+                    "level": level,
+                    "outcome": outcome.name,
+                    "unit": _unit(outcome.name),
+                    "n_seeds": len(means),
+                    "mean": float(np.mean(means)) if means else math.nan,
+                    "sd": float(np.std(means, ddof=1)) if len(means) > 1 else math.nan,
+                    "missing": tested.missing(factor, level, outcome.name, seeds),
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def _unit(outcome: str) -> str:
@@ -330,60 +458,150 @@ def _majority_pct(labels: np.ndarray) -> float:
     return 100.0 * float(np.unique(labels, return_counts=True)[1].max()) / len(labels)
 
 
+def _excludes_zero(row: Mapping[str, Any]) -> bool:
+    return row["low"] > 0 or row["high"] < 0
+
+
+def _is_opposite(row: Mapping[str, Any]) -> bool:
+    """Whether the effect goes against the direction that was tested."""
+    return row["effect"] * {"two-sided": 0, "greater": 1, "less": -1}[row["alternative"]] < 0
+
+
 def _verdict(row: Mapping[str, Any], design: Design) -> str:
     if not row["n_seeds"]:
-        return f"not measured: no seed has every arm ({row['missing'] or 'no trial yet'})"
-    unit = f" {row['unit']}" if row["unit"] else ""
-    interval = f"interval [{format_effect(row['low'], row['unit'])}, {format_effect(row['high'], row['unit'])}]"
-    if row["n_seeds"] == 1:
-        interval += " over images only"
-    test = f"p {row['p']:.2g}" if row["is_primary"] else f"Holm p {row['p_holm']:.2g}"
-    if row["rejected"]:
-        is_better = (row["effect"] > 0) == (row["goal"] == "maximize")
-        size = format_effect(abs(row["effect"]), row["unit"])[1:]
-        parts = [f"{'better' if is_better else 'worse'} by {size}{unit}: {interval}, {test}"]
-    elif row["low"] <= 0 <= row["high"]:
-        parts = [f"no difference shown: {interval}, {test}"]
+        parts = [f"not measured: no seed has every arm ({row['missing'] or 'no trial yet'})"]
     else:
-        parts = [f"undecided: {interval} excludes 0, {test} does not reject"]
-    smallest = row["smallest_p"] * row["family_size"]
-    if smallest > design.alpha and not row["rejected"]:
-        seeds = "1 seed" if row["n_seeds"] == 1 else f"{row['n_seeds']} seeds"
-        needed = row["n_seeds"] + math.ceil(math.log2(smallest / design.alpha))
-        held = f"smallest {'p' if row['is_primary'] else 'Holm p'} {min(smallest, 1):.2g}"
-        parts.append(f"{seeds} cannot reject at {design.alpha:g} ({held}), {needed} could")
-    if row["equivalent_p"] <= design.alpha:
-        parts.append(f"within +-{row['margin']:g}{unit} (TOST p {row['equivalent_p']:.2g})")
-    if row["could_have_seen"] is False:
-        parts.append(f"could not have seen the published {format_effect(row['published'], row['unit'])}")
+        parts = [*_finding(row), *_limits(row, design)]
+    if row["num_trials_before"]:
+        parts.append(f"registered after {_count(row['num_trials_before'], 'trial')} of its arms")
     return "; ".join(parts)
 
 
+def _finding(row: Mapping[str, Any]) -> list[str]:
+    """What the test and the intervals show, the main thing first."""
+    unit = f" {row['unit']}" if row["unit"] else ""
+    interval = f"interval {format_interval(row['low'], row['high'], row['unit'])}"
+    if row["n_seeds"] == 1:
+        interval += " over images only"
+    test = format_p(row)
+    better = "better" if (row["effect"] > 0) == (row["goal"] == "maximize") else "worse"
+    size = format_effect(abs(row["effect"]), row["unit"])[1:] + unit
+    narrow = f"90 % interval {format_interval(row['low_90'], row['high_90'], row['unit'])}"
+    margin = f"{row['margin']:g} point{'' if row['margin'] == 1 else 's'}"
+    equivalent = f"no difference of more than {margin}: {narrow}"
+    if row["is_shown"]:
+        parts = [f"{better} by {size}: {interval}, {test}"]
+    elif row["rejected"]:
+        parts = [f"{better} by {size} on these test images, {test}; the interval over other images includes 0: {interval}"]
+    elif row["equivalent"]:
+        parts = [f"{equivalent}, {test}"]
+    elif _is_opposite(row) and _excludes_zero(row):
+        parts = [f"the opposite of what was tested: {interval} excludes 0, {test}"]
+    elif _excludes_zero(row):
+        parts = [f"inconclusive: {interval} excludes 0, {test} does not reject"]
+    else:
+        parts = [f"inconclusive: {interval}, {test}"]
+        if _is_opposite(row):
+            parts.append("the effect is the opposite of what was tested")
+    if row["equivalent"] and row["rejected"]:
+        parts.append(equivalent)
+    elif row["no_harm"] and not row["equivalent"] and not (row["is_shown"] and better == "better"):
+        parts.append(f"no harm of more than {margin}: {narrow}")
+    return parts
+
+
+def _limits(row: Mapping[str, Any], design: Design) -> list[str]:
+    """What this design could not have found, and what it lacks."""
+    parts = []
+    smallest = row["smallest_p"] * row["family_size"]
+    if smallest > design.alpha:
+        needed = row["n_seeds"] + math.ceil(math.log2(smallest / design.alpha))
+        held = f"smallest {'p' if row['is_primary'] else 'Holm p'} {min(smallest, 1):.2g}"
+        parts.append(f"{_count(row['n_seeds'], 'seed')} cannot reject at {design.alpha:g} ({held}), {needed} could")
+    if row["could_have_seen"] is False:
+        parts.append(f"could not have seen the published {format_effect(row['published'], row['unit'])}")
+    if row["missing"]:
+        parts.append(f"missing: {row['missing']}")
+    return parts
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def format_effect(value: float, unit: str) -> str:
-    """A signed difference: two decimals of a point, three of anything else, `-` for a missing one."""
-    return "-" if math.isnan(value) else f"{value:+.{2 if unit == 'points' else 3}f}"
+    """A signed difference: two decimals of a point, three of anything else, `-` for one that is missing or infinite."""
+    return f"{value:+.{2 if unit == 'points' else 3}f}" if math.isfinite(value) else "-"
 
 
-def effects_text(table: pd.DataFrame) -> str:
-    """The table for a terminal, `TEXT_WIDTH` columns: a line of numbers and the verdict for each row, primary (`*`) first."""
-    lines = [
-        "effect = contrast paired by seed and test image, 95 % interval over both; p = exact sign flips over seeds; * = primary,",
-        "named before the run, others Holm-corrected per factor and outcome; MDE = seen with 80 % power, over seeds | images",
+def format_interval(low: float, high: float, unit: str) -> str:
+    return f"[{format_effect(low, unit)}, {format_effect(high, unit)}]"
+
+
+def format_p(row: Mapping[str, Any]) -> str:
+    """The p-value that decides a row, with its kind."""
+    side = "" if row["alternative"] == "two-sided" else " one-sided"
+    return f"p{side} {row['p']:.2g}" if row["is_primary"] else f"Holm p{side} {row['p_holm']:.2g}"
+
+
+def format_mean(mean: float, sd: float, unit: str) -> str:
+    """A mean over seeds with its standard deviation, if there is one."""
+    digits = 2 if unit == "points" else 3
+    return "-" if math.isnan(mean) else f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
+
+
+def published_sources(table: pd.DataFrame) -> list[str]:
+    """A line for each contrast that something is published about: the effect, if it has a size, and where it stands."""
+    rows = table.loc[table["source"] != ""].to_dict("records")
+    sizes = [f" {format_effect(row['published'], row['unit'])}" if math.isfinite(row["published"]) else "" for row in rows]
+    return [f"published{size} for {row['factor']}: {row['contrast']}: {row['source']}" for row, size in zip(rows, sizes, strict=True)]
+
+
+def reading_notes(table: pd.DataFrame) -> list[str]:
+    """How the table of effects is to be read, in sentences that are true of it."""
+    exact = set(table.loc[table["n_seeds"] > 0, "is_exact"])
+    test = {frozenset({True}): "exact sign flips", frozenset({False}): "random sign flips"}.get(frozenset(exact), "sign flips")
+    before = set(table.loc[table["is_primary"], "num_trials_before"])
+    named = ", named before the first trial of its arms" if before == {0} else ""
+    notes = [
+        "effect: contrast paired by seed and test image, 95 % interval over both",
+        f"p: {test} over seeds",
+        f"primary: one contrast of each factor{named}; the others are Holm-corrected per factor and outcome",
+        "no harm, no difference: 90 % interval within the margin, not corrected for their number",
+        "MDE: found with 80 % power, over seeds by sign flips of normal differences | over images by a t-test; -: none is",
     ]
     majority = table["majority_pct"].dropna()
     if len(majority):
-        lines.append(f"always guessing the most frequent class of the test set: {majority.iloc[0]:.2f} % top-1")
-    lines += ["", _line("  contrast", "outcome", "means", "effect", "p", "Holm", "MDE", "published", "seeds")]
+        notes.append(f"always guessing the most frequent class of the test set: {majority.iloc[0]:.2f} % top-1")
+    return notes
+
+
+def levels_text(levels: pd.DataFrame) -> str:
+    """A line per level: mean and standard deviation over seeds of the first outcomes, in percent for accuracies."""
+    outcomes = list(dict.fromkeys(levels["outcome"]))[:_MAX_LEVEL_OUTCOMES]
+    lines = [f"{'mean ± sd over seeds':<{_NAME_WIDTH}}" + "".join(f"{name:>20}" for name in outcomes) + f"{'seeds':>8}"]
+    for _, rows in levels.groupby(["factor", "level"], sort=False):
+        found = {row["outcome"]: row for row in rows.to_dict("records")}
+        label = f"{rows['factor'].iloc[0]}: {rows['level'].iloc[0]}"
+        cells = "".join(f"{format_mean(found[name]['mean'], found[name]['sd'], found[name]['unit']):>20}" for name in outcomes)
+        lines.append(f"{label:<{_NAME_WIDTH}}{cells}{found[outcomes[0]]['n_seeds']:>8}")
+    return "\n".join(lines) + "\n"
+
+
+def effects_text(table: pd.DataFrame) -> str:
+    """The table for a terminal, `TEXT_WIDTH` columns: a line of numbers and the verdict for each row, primary (`P`) first."""
+    lines = [line for note in reading_notes(table) for line in textwrap.wrap(note, TEXT_WIDTH)]
+    lines += ["", _line("  contrast (P = primary)", "outcome", "means", "effect", "p", "Holm", "MDE", "published", "seeds")]
     for row in table.loc[(table["n_seeds"] > 0) | table["is_primary"]].to_dict("records"):
-        name = f"{'*' if row['is_primary'] else ' '} {row['factor']}: {row['contrast']}"
+        name = f"{'P' if row['is_primary'] else ' '} {row['factor']}: {row['contrast']}"
         cells = ["-"] * 7
         if row["n_seeds"]:
             cells = [
                 " | ".join(format_effect(row[key], row["unit"])[1:] for key in ("mean", "baseline_mean")),
-                format_effect(row["effect"], row["unit"]),
+                f"{format_effect(row['effect'], row['unit'])} {row['unit']}".rstrip(),
                 f"{row['p']:.2g}",
                 "" if row["is_primary"] else f"{row['p_holm']:.2g}",
-                " | ".join(format_effect(row[key], row["unit"])[1:] for key in ("mde_seeds", "mde_images")),
+                " | ".join(format_effect(row[key], row["unit"]).lstrip("+") for key in ("mde_seeds", "mde_images")),
                 format_effect(row["published"], row["unit"]),
                 str(row["n_seeds"]),
             ]
@@ -391,11 +609,13 @@ def effects_text(table: pd.DataFrame) -> str:
             lines += textwrap.wrap(name, TEXT_WIDTH, subsequent_indent="    ")
             name = ""
         lines.append(_line(name, row["outcome"], *cells))
-        verdict = row["verdict"] + (f" [{row['missing']}]" if row["missing"] and row["n_seeds"] else "")
-        lines += textwrap.wrap(verdict, TEXT_WIDTH, initial_indent="      ", subsequent_indent="      ")
+        lines += textwrap.wrap(row["verdict"], TEXT_WIDTH, initial_indent="      ", subsequent_indent="      ")
     absent = table.loc[(table["n_seeds"] == 0) & ~table["is_primary"]]
     for (factor, outcome), rows in absent.groupby(["factor", "outcome"], sort=False):
-        lines += textwrap.wrap(f"  not measured: {factor}, {outcome}: {'; '.join(rows['contrast'])}", TEXT_WIDTH, subsequent_indent="    ")
+        listed = "; ".join(f"{row['contrast']}{' (' + row['missing'] + ')' if row['missing'] else ''}" for row in rows.to_dict("records"))
+        lines += textwrap.wrap(f"  not measured: {factor}, {outcome}: {listed}", TEXT_WIDTH, subsequent_indent="    ")
+    for line in published_sources(table):
+        lines += textwrap.wrap(f"  {line}", TEXT_WIDTH, subsequent_indent="    ")
     return "\n".join(lines) + "\n"
 
 

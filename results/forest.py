@@ -1,7 +1,7 @@
 """The forest plot of an ablation: a panel per outcome, a row per contrast, each effect with its interval.
 
 PNG by matplotlib for papers and README, the same by plotly for a page. Diamonds are primary contrasts; a filled mark is an
-effect whose test rejects (Holm-corrected where it is not primary), a hollow one is an effect that is not shown.
+effect whose test rejects (Holm-corrected where it is not primary) and whose interval excludes 0, a hollow one any other.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from results.effects import format_effect
-from results.plots import BEST, FRONT, GREY, GRID, INK
+from results.effects import format_effect, format_interval, format_p
+from results.plots import BEST, FRONT, GREY, GRID, INK, SOFT, STYLE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,9 +24,8 @@ MAX_COLUMNS = 3
 LABEL_WIDTH = 32
 ROW_PIXELS = 34
 GAP_PIXELS = 100
-SOFT = "#5a6b7c"
 NAMES = {"primary": "primary contrast", "other": "other contrast", "published": "published effect", "margin": "margin of no harm"}
-NOTE = "filled: the test rejects (others than primary after Holm)"
+NOTE = "filled: the test rejects (others than primary after Holm) and the interval excludes 0"
 
 
 def _places(table: pd.DataFrame) -> dict[tuple[str, str], int]:
@@ -53,7 +52,7 @@ def _heading(rows: pd.DataFrame) -> str:
     return f"{first['outcome']}: {'right' if first['goal'] == 'maximize' else 'left'} is better"
 
 
-def _unit(rows: pd.DataFrame) -> str:
+def _axis_title(rows: pd.DataFrame) -> str:
     return f"effect ({rows['unit'].iloc[0]})" if rows["unit"].iloc[0] else "effect"
 
 
@@ -66,18 +65,7 @@ def write_png(table: pd.DataFrame, path: Path, title: str) -> None:
     places, panels = _places(table), _panels(table)
     num_columns = min(len(panels), MAX_COLUMNS)
     num_rows = math.ceil(len(panels) / num_columns)
-    style: dict[Any, Any] = {
-        "font.size": 11,
-        "axes.edgecolor": GREY,
-        "axes.labelcolor": INK,
-        "text.color": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-    }
-    with rc_context(style):
+    with rc_context({**STYLE, "axes.spines.left": False}):
         height = 1.2 + num_rows * (0.9 + 0.33 * len(places))
         figure = Figure(figsize=(11, height), dpi=164, layout="constrained")
         FigureCanvasAgg(figure)
@@ -118,7 +106,7 @@ def _draw(axis: Axes, rows: pd.DataFrame, places: dict[tuple[str, str], int]) ->
             y,
             marker=marker,
             markersize=size,
-            markerfacecolor=color if row["rejected"] else "white",
+            markerfacecolor=color if row["is_shown"] else "white",
             markeredgecolor=color,
             markeredgewidth=1.5,
             linestyle="none",
@@ -135,7 +123,7 @@ def _draw(axis: Axes, rows: pd.DataFrame, places: dict[tuple[str, str], int]) ->
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(len(places) - 0.4, -0.6)
     axis.margins(x=0.06)
-    axis.set_xlabel(_unit(rows))
+    axis.set_xlabel(_axis_title(rows))
     axis.set_title(_heading(rows), fontsize=10.5, loc="left", color=SOFT)
 
 
@@ -183,7 +171,7 @@ def interactive_figure(table: pd.DataFrame) -> go.Figure:
                     **at,
                 )
                 shown.add("published")
-            fill = [color if rejected else "white" for rejected in chosen["rejected"]]
+            fill = [color if is_shown else "white" for is_shown in chosen["is_shown"]]
             figure.add_trace(
                 go.Scatter(
                     x=chosen["effect"].tolist(),
@@ -213,7 +201,7 @@ def interactive_figure(table: pd.DataFrame) -> go.Figure:
             figure.add_vrect(-margin, margin, fillcolor=GRID, opacity=0.6, layer="below", line_width=0, **at)
         figure.add_vline(0, line={"color": INK, "width": 1}, layer="below", **at)
         axis_look = {"gridcolor": GRID, "zeroline": False, "linecolor": GREY, "ticks": "outside", "tickcolor": GREY}
-        figure.update_xaxes(title=_unit(rows), rangemode="tozero", **axis_look, **at)
+        figure.update_xaxes(title=_axis_title(rows), rangemode="tozero", **axis_look, **at)
     labels = [
         "<br>".join(escape(part) for part in textwrap.wrap(contrast, LABEL_WIDTH)) if contrast else f"<b>{escape(factor)}</b>"
         for factor, contrast in places
@@ -245,11 +233,9 @@ def _hover(rows: pd.DataFrame) -> list[str]:
     for row in rows.to_dict("records"):
         effect = format_effect(row["effect"], row["unit"])
         lines = [f"<b>{escape(row['factor'])}: {escape(row['contrast'])}</b>"]
-        lines.append(
-            f"{escape(row['outcome'])} {effect} [{format_effect(row['low'], row['unit'])}, {format_effect(row['high'], row['unit'])}]"
-        )
-        holm = "" if row["is_primary"] else f", Holm {row['p_holm']:.2g}"
-        lines.append(f"p {row['p']:.2g}{holm}; {row['n_seeds']} seeds, {row['n_images']} images")
+        interval = format_interval(row["low"], row["high"], row["unit"])
+        lines.append(f"{escape(row['outcome'])} {effect} {escape(row['unit'])} {interval}")
+        lines.append(f"{format_p(row)}; {row['n_seeds']} seeds, {row['n_images']} images")
         lines += [escape(line) for line in textwrap.wrap(row["verdict"], 70)]
         texts.append("<br>".join(lines))
     return texts

@@ -77,7 +77,7 @@ class StudyResults:
 
     `frame` has a row per measurement; `objectives` the metrics that decide the rank in each phase, in the order the phases
     ran; `num_failed` counts failures by phase and kind, `num_reused` the trials given an earlier measurement. `effects` are
-    those of the study's designs, where it has any.
+    those of the study's designs, where it has any, and `effects_failure` says why they could not be stated.
     """
 
     frame: pd.DataFrame
@@ -86,6 +86,7 @@ class StudyResults:
     num_reused: Mapping[str, int]
     provenance: Provenance
     effects: tuple[Effects, ...] = ()
+    effects_failure: str = ""
 
     @property
     def phases(self) -> list[str]:
@@ -134,7 +135,15 @@ def load_results(uri: str, study: str) -> StudyResults:
         return results
     from results.study_effects import load_effects
 
-    return replace(results, effects=load_effects(client, parents, [run for run in runs if run.data.tags["kind"] == "trial"]))
+    trials = [run for run in runs if run.data.tags["kind"] == "trial"]
+    try:
+        return replace(results, effects=load_effects(client, study, parents, trials))
+    except Exception as error:  # whatever is wrong with the effects, the measurements stand
+        return replace(results, effects_failure=_effects_failure(error))
+
+
+def _effects_failure(error: Exception) -> str:
+    return f"effects could not be stated: {type(error).__name__}: {error}"
 
 
 def _client(uri: str) -> MlflowClient:
@@ -304,12 +313,12 @@ def text_table(results: StudyResults, phase: str, top: int) -> str:
             for cell, width, (title, _) in zip(cells, widths, columns, strict=True)
         ]
         lines.append("  ".join(aligned).rstrip())
-    notes = ["* on the Pareto front"]
+    notes, command = ["* on the Pareto front"], f"python -m results.leaderboard {results.provenance.study}"
     if len(rows) > top:
-        notes.append(f"{_count(len(rows) - top, 'more row')}: --top")
+        notes.append(f"{_count(len(rows) - top, 'more row')}: {command} --top {len(rows)}")
     if num_hidden:
-        notes.append(f"{_count(num_hidden, 'more column')}: --csv")
-    return "\n".join([*lines, "; ".join(notes)])
+        notes.append(f"{_count(num_hidden, 'more column')}: {command} --csv FILE")
+    return "\n".join([*lines, *textwrap.wrap("; ".join(notes), TABLE_WIDTH, break_on_hyphens=False)])
 
 
 def agreement_text(table: pd.DataFrame) -> str:
@@ -365,8 +374,11 @@ def attach_leaderboard(tracker: MlflowTracker) -> StudyResults:
         if results.effects:
             from results.study_effects import write_files
 
-            files += write_files(results.effects, Path(folder), tracker.study)
-        tracker.attach(description=markdown(results), files=files)
+            try:
+                write_files(results.effects, Path(folder))
+            except Exception as error:  # whatever is wrong with the effects, the measurements stand
+                results = replace(results, effects_failure=_effects_failure(error))
+        tracker.attach(description=markdown(results), files=sorted(Path(folder).iterdir()))
     return results
 
 
@@ -385,6 +397,8 @@ def markdown(results: StudyResults, top: int = 5) -> str:
         blocks += [f"### {phase}", results.summary(phase) + " (* on the Pareto front)", "\n".join(lines)]
     for effects in results.effects:
         blocks += [f"### effects: {effects.phase}", effects.registration + ".", effects.markdown]
+    if results.effects_failure:
+        blocks.append(results.effects_failure)
     provenance = [f"- {title}: {text}" for title, text in results.provenance.lines() if title not in ("study", "store")]
     return "\n\n".join([*blocks, "\n".join(provenance), "The whole table: `leaderboard.csv`, `leaderboard.html` among the artifacts."])
 
@@ -444,7 +458,9 @@ def print_results(results: StudyResults, top: int) -> None:
         if text := agreement_text(agreement(results, phase)):
             print(f"what the expensive scores add over what costs nothing:\n{text}\n")
     for effects in results.effects:
-        print(f"{results.provenance.study}/{effects.phase}, effects: {effects.text}")
+        print(effects.text)
+    if results.effects_failure:
+        print(results.effects_failure)
 
 
 def _write_png(results: StudyResults, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from results.effects import format_effect
+from results.effects import format_effect, format_interval, format_mean, published_sources, reading_notes
 from results.leaderboard import SHORT_DIGEST, agreement, family, format_tau, format_value
 from results.plots import MAX_PLOTTED, Panel, interactive_figure, panels
 
@@ -71,6 +71,8 @@ def render(results: StudyResults) -> str:
     provenance = "".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in results.provenance.lines())
     sections = "".join(_section(results, phase, grid.get(phase, [])) for phase in results.phases) or "<p>No finished trial yet.</p>"
     effects = "".join(_effects(one) for one in results.effects)
+    if results.effects_failure:
+        effects += f"<p>{escape(results.effects_failure)}.</p>"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: leaderboard</title>'
         '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
@@ -97,34 +99,48 @@ def _section(results: StudyResults, phase: str, row: list[Panel]) -> str:
 
 
 def _effects(effects: Effects) -> str:
-    """The forest plot and a row per contrast, primary ones first."""
+    """Mean and spread of every level, the forest plot, and a row per contrast, primary ones first."""
     from results.forest import interactive_figure
-    from results.study_effects import interval_text
 
     figure = ""
     if effects.is_measured:
         config = {"displaylogo": False, "responsive": True}
         figure = interactive_figure(effects.table).to_html(full_html=False, include_plotlyjs=False, config=config)
-    names = ("effect", "interval", "p", "Holm p", "MDE, seeds", "MDE, images", "published", "seeds")
+    names = ("effect", "95 % interval", "p", "Holm p", "90 % interval", "MDE, seeds", "MDE, images", "published", "seeds")
     heads = '<th class="text">contrast</th><th class="text">outcome</th>' + "".join(f"<th>{name}</th>" for name in names)
     lines = []
     for row in effects.table.to_dict("records"):
         cells = ["-"] * len(names)
         if row["n_seeds"]:
             unit = row["unit"]
-            cells = [format_effect(row["effect"], unit), interval_text(row), format_value(row["p"], 2), format_value(row["p_holm"], 2)]
+            side = "" if row["alternative"] == "two-sided" else " one-sided"
+            cells = [f"{format_effect(row['effect'], unit)} {unit}", format_interval(row["low"], row["high"], unit)]
+            cells += [format_value(row["p"], 2) + side, format_value(row["p_holm"], 2)]
+            cells.append(format_interval(row["low_90"], row["high_90"], unit))
             cells += [format_effect(row[name], unit).lstrip("+") for name in ("mde_seeds", "mde_images")]
             cells += [format_effect(row["published"], unit), str(row["n_seeds"])]
         head = f'<td class="text">{escape(row["factor"])}: {escape(row["contrast"])}</td><td class="text">{escape(row["outcome"])}</td>'
         verdict = f'<td class="text">{escape(row["verdict"])}</td>'
         primary = ' class="front"' if row["is_primary"] else ""
         lines.append(f"<tr{primary}>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}{verdict}</tr>")
-    note = (
-        f"<p>A red edge marks primary contrasts, named before the run: {escape(effects.registration)}. Effects are paired by seed and"
-        " test image, their 95 % intervals over both; MDE is the effect that the design finds with 80 % power.</p>"
-    )
+    reading = f"A red edge marks primary contrasts; {'; '.join(reading_notes(effects.table))}"
+    notes = (effects.registration, reading, *published_sources(effects.table))
+    note = "".join(f"<p>{escape(line)}.</p>" for line in notes)
     table = f"<table><thead><tr>{heads}<th class=text>verdict</th></tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<h2>Effects: {escape(effects.phase)}</h2>{note}{figure}<div class="scroll">{table}</div>'
+    return f'<h2>Effects: {escape(effects.phase)}</h2>{note}{_levels(effects)}{figure}<div class="scroll">{table}</div>'
+
+
+def _levels(effects: Effects) -> str:
+    outcomes = list(dict.fromkeys(effects.levels["outcome"]))
+    lines = []
+    for _, rows in effects.levels.groupby(["factor", "level"], sort=False):
+        cells = "".join(f"<td>{format_mean(row['mean'], row['sd'], row['unit'])}</td>" for row in rows.to_dict("records"))
+        first = rows.iloc[0]
+        text = f'<td class="text">{escape(first["factor"])}: {escape(first["level"])}</td>'
+        lines.append(f'<tr>{text}{cells}<td>{first["n_seeds"]}</td><td class="text">{escape(first["missing"])}</td></tr>')
+    heads = '<th class="text">level: mean ± sd over seeds</th>' + "".join(f"<th>{escape(name)}</th>" for name in outcomes)
+    heads += '<th>seeds</th><th class="text">missing</th>'
+    return f'<div class="scroll narrow"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _board(results: StudyResults, phase: str) -> str:

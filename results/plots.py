@@ -24,8 +24,20 @@ if TYPE_CHECKING:
 
     from results.leaderboard import StudyResults
 
-INK, GREY, GRID = "#1b2a3a", "#8aa1b8", "#e6ebf0"
+INK, SOFT, GREY, GRID = "#1b2a3a", "#5a6b7c", "#8aa1b8", "#e6ebf0"
 FRONT, LINE, BEST, FAMILY = "#d1495b", "#1b2a3a", "#f2b134", "#2a8c82"
+STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+"""Of every figure that matplotlib draws here."""
+
 MAX_PLOTTED = 5000
 AXIS_TITLES = {
     "gmacs": "GMACs",
@@ -98,18 +110,7 @@ def write_png(results: StudyResults, path: Path) -> None:
     from matplotlib.figure import Figure
 
     grid = panels(results)
-    style: dict[Any, Any] = {
-        "font.size": 11,
-        "axes.edgecolor": GREY,
-        "axes.labelcolor": INK,
-        "text.color": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "mathtext.fontset": "dejavuserif",
-    }
-    with rc_context(style):
+    with rc_context({**STYLE, "mathtext.fontset": "dejavuserif"}):
         num_columns = max((len(row) for row in grid), default=1)
         figure = Figure(figsize=(11, 0.8 + 4.1 * max(len(grid), 1)), dpi=164, layout="constrained")
         FigureCanvasAgg(figure)
@@ -159,7 +160,7 @@ def _draw(axis: Axes, panel: Panel) -> None:
         axis.set_yscale("log")
     axis.set_xlabel(AXIS_TITLES.get(x, x))
     axis.set_ylabel(AXIS_TITLES.get(y, y))
-    axis.set_title(f"{panel.phase}: {panel.better}", fontsize=10.5, loc="left", color="#5a6b7c")
+    axis.set_title(f"{panel.phase}: {panel.better}", fontsize=10.5, loc="left", color=SOFT)
 
 
 def _log_axis(set_scale: Any, axis: Any) -> None:

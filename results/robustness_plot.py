@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from results.plots import BEST, FAMILY, FRONT, GREY, GRID, INK
+from results.plots import BEST, FAMILY, FRONT, GREY, GRID, INK, SOFT, STYLE
 from results.records import write_bytes_atomically
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _figure(curves: Curves, title: str, chance_pct: float) -> Figure:
         axis.set_axisbelow(True)
         axis.grid(color=GRID, linewidth=0.8)
         axis.axhline(chance_pct, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), label="chance")
-        axis.set_title(heading, fontsize=10.5, loc="left", color="#5a6b7c")
+        axis.set_title(heading, fontsize=10.5, loc="left", color=SOFT)
         axis.set_xlabel(level_title)
         axis.set_ylim(0, 102)
     for number, (label, of_network) in enumerate(curves.items()):
@@ -180,16 +180,4 @@ def _level_text(name: str, level: float) -> str:
 def _style() -> Any:
     from matplotlib import rc_context
 
-    style: dict[Any, Any] = {
-        "font.size": 11,
-        "axes.edgecolor": GREY,
-        "axes.labelcolor": INK,
-        "text.color": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "vitscale",
-    }
-    return rc_context(style)
+    return rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": "vitscale"})

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -26,6 +27,10 @@ MAX_EXACT_SEEDS = 20
 """Up to here a sign-flip test looks at all 2^S patterns; 2^20 sums are 8 MB."""
 
 NUM_RANDOM_FLIPS = 200_000
+MAX_SIMULATED_SEEDS = 12
+"""Up to here the power of a sign-flip test is that of all its patterns, beyond that of 2^12 random ones."""
+
+NUM_SIMULATED = 10_000
 CHUNK_ELEMENTS = 4_000_000
 """Image counts that the bootstrap holds at a time: some 100 MB with their draws."""
 
@@ -67,12 +72,30 @@ class VarianceComponents:
 
 
 @dataclass(frozen=True, kw_only=True)
-class McNemar:
-    """Images that only one of two models has right, and the exact two-sided p of that split."""
+class Bootstrap:
+    """Resampled means of differences (S, N), from which intervals are read; everything but `estimate` is relative to it.
 
-    num_only_first: int
-    num_only_second: int
-    p_value: float
+    `deviations` (R,) are the means, `seed_part` (R,) what they would be with every image drawn once; `seed_means` (S,) and
+    `image_means` (N,) are those of the differences themselves.
+    """
+
+    estimate: float
+    deviations: np.ndarray
+    seed_part: np.ndarray
+    seed_means: np.ndarray
+    image_means: np.ndarray
+
+    def interval(self, confidence: float = 0.95, method: BootstrapMethod = "calibrated") -> Interval:
+        """The interval of the mean; `paired_bootstrap` tells the methods apart."""
+        if method not in get_args(BootstrapMethod):
+            raise ValueError(f"unknown bootstrap method {method!r}; known: {', '.join(get_args(BootstrapMethod))}")
+        S, N = len(self.seed_means), len(self.image_means)
+        deviations = self.deviations
+        if method == "calibrated" and S > 1:
+            deviations = deviations + (_t_over_z(S, confidence) - 1) * self.seed_part
+        tails = _bca_tails(self, confidence) if method == "bca" else ((1 - confidence) / 2, (1 + confidence) / 2)
+        low, high = self.estimate + np.quantile(deviations, tails)
+        return Interval(estimate=self.estimate, low=float(low), high=float(high), confidence=confidence, num_seeds=S, num_images=N)
 
 
 def paired_bootstrap(
@@ -92,8 +115,9 @@ def paired_bootstrap(
     crossed design is exact. What it does understate, as every bootstrap, is the noise of few seeds: S draws from S values
     vary (S-1)/S times too little and know nothing of t. The methods differ in that:
 
-    - `calibrated` multiplies the seeds' part of each resample's deviation by sqrt(S/(S-1)) t/z, which makes the interval
-      that of Student's t where seeds rule and leaves it the bootstrap's where images do; then percentiles;
+    - `calibrated` multiplies the seeds' part of each resample's deviation by sqrt(S/(S-1)) t/z: where seeds rule, the
+      interval is widened so that its coverage is that of Student's t (its ends are those of t only for many seeds, as the
+      bootstrap of few knows no tails), and where images rule, it stays the bootstrap's; then percentiles;
     - `percentile` is the plain one;
     - `bca` corrects it for bias and skewness, with the acceleration of the jackknife over seeds and over images (the
       leave-one-out values of a mean are its deviations, so it is in closed form).
@@ -104,24 +128,42 @@ def paired_bootstrap(
 
     Raises ValueError for values that are not (S, N) and finite, and for a single seed with a single image.
     """
-    D = _two_way(differences)
-    S, N = D.shape
-    if S == N == 1:
+    return resample([differences], seed=seed, num_resamples=num_resamples)[0].interval(confidence, method)
+
+
+def resample(differences: Sequence[np.ndarray], *, seed: int, num_resamples: int = 10_000) -> list[Bootstrap]:
+    """The bootstrap of `paired_bootstrap` for each of many (S, N), at little more than the price of one.
+
+    What a resample draws follows from `seed`, S and N alone: all that have the same images share one draw and one matrix
+    product, and a result does not depend on what else is asked for. Raises ValueError as `paired_bootstrap`.
+    """
+    tables = [_two_way(one) for one in differences]
+    if any(D.size == 1 for D in tables):
         raise ValueError("one seed and one image have no interval: nothing can be resampled")
-    if method not in get_args(BootstrapMethod):
-        raise ValueError(f"unknown bootstrap method {method!r}; known: {', '.join(get_args(BootstrapMethod))}")
-    estimate = float(D.mean())
-    generator = np.random.default_rng(seed)
-    seed_weights = generator.multinomial(S, np.full(S, 1 / S), size=num_resamples) / S
     # Around the mean, so that float32 loses nothing of a small difference of large values.
-    centred = (D - estimate).astype(np.float32)
-    per_seed = np.concatenate([weights @ centred.T for weights in _image_weights(N, num_resamples, generator)])
-    deviations = np.einsum("rs,rs->r", seed_weights, per_seed.astype(float))
-    if method == "calibrated" and S > 1:
-        deviations += (_t_over_z(S, confidence) - 1) * (seed_weights @ (D.mean(axis=1) - estimate))
-    tails = _bca_tails(D, deviations, confidence) if method == "bca" else ((1 - confidence) / 2, (1 + confidence) / 2)
-    low, high = estimate + np.quantile(deviations, tails)
-    return Interval(estimate=estimate, low=float(low), high=float(high), confidence=confidence, num_seeds=S, num_images=N)
+    centred = [D - D.mean() for D in tables]
+    per_seed: dict[int, np.ndarray] = {}
+    for N in {D.shape[1] for D in tables}:
+        chosen = [index for index, D in enumerate(tables) if D.shape[1] == N]
+        rows = np.concatenate([centred[index] for index in chosen]).astype(np.float32)
+        means = np.concatenate([weights @ rows.T for weights in _image_weights(N, num_resamples, seed)])
+        ends = np.cumsum([len(tables[index]) for index in chosen])[:-1]
+        per_seed |= zip(chosen, np.split(means, ends, axis=1), strict=True)
+    found = []
+    for index, (D, deviations) in enumerate(zip(tables, centred, strict=True)):
+        S = len(D)
+        weights = np.random.default_rng((seed, 0, S)).multinomial(S, np.full(S, 1 / S), size=num_resamples) / S
+        seed_means = deviations.mean(axis=1)
+        found.append(
+            Bootstrap(
+                estimate=float(D.mean()),
+                deviations=np.einsum("rs,rs->r", weights, per_seed[index].astype(float)),
+                seed_part=weights @ seed_means,
+                seed_means=seed_means,
+                image_means=deviations.mean(axis=0),
+            )
+        )
+    return found
 
 
 def _two_way(differences: np.ndarray) -> np.ndarray:
@@ -133,11 +175,12 @@ def _two_way(differences: np.ndarray) -> np.ndarray:
     return D
 
 
-def _image_weights(N: int, num_resamples: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+def _image_weights(N: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each resample drew each image, over N: (rows, N) float32, some rows at a time."""
     if N == 1:
         yield np.ones((num_resamples, 1), dtype=np.float32)
         return
+    generator = np.random.default_rng((seed, 1, N))
     rows = max(CHUNK_ELEMENTS // N, 1)
     for start in range(0, num_resamples, rows):
         num = min(rows, num_resamples - start)
@@ -154,11 +197,11 @@ def _t_over_z(S: int, confidence: float) -> float:
     return math.sqrt(S / (S - 1)) * float(t.ppf(upper, S - 1) / norm.ppf(upper))
 
 
-def _bca_tails(D: np.ndarray, deviations: np.ndarray, confidence: float) -> tuple[float, float]:
+def _bca_tails(found: Bootstrap, confidence: float) -> tuple[float, float]:
     """The quantiles that BCa reads instead of the nominal ones (Efron 1987, eq. 2.3; several samples: section 4)."""
     from scipy.stats import norm
 
-    parts = [D.mean(axis=1 - axis) - D.mean() for axis in (0, 1)]
+    parts, deviations = (found.seed_means, found.image_means), found.deviations
     second = sum((part**2).sum() / len(part) ** 2 for part in parts)
     third = sum((part**3).sum() / len(part) ** 3 for part in parts)
     acceleration = third / (6 * second**1.5) if second > 0 else 0.0
@@ -216,7 +259,10 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def tost(values: Sequence[float] | np.ndarray, margin: float) -> float:
-    """p that the mean of `values` (S,) is not within +-`margin`: the larger of Schuirmann's two one-sided paired t-tests."""
+    """p that the mean of `values` (S,) is not within +-`margin`: the larger of Schuirmann's two one-sided paired t-tests.
+
+    nan where all values are the same: t of no spread is not defined.
+    """
     from scipy.stats import t
 
     values = _per_seed(values, at_least=2)
@@ -224,9 +270,7 @@ def tost(values: Sequence[float] | np.ndarray, margin: float) -> float:
         raise ValueError(f"an equivalence margin is above 0, got {margin}")
     distance = margin - abs(float(values.mean()))
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
-    if error == 0:
-        return 0.0 if distance > 0 else 1.0
-    return float(t.sf(distance / error, len(values) - 1))
+    return math.nan if error == 0 else float(t.sf(distance / error, len(values) - 1))
 
 
 def t_test_power(effect: float, sd: float, n: int, *, alpha: float = 0.05) -> float:
@@ -265,6 +309,46 @@ def minimum_detectable_effect(sd: float, n: int, *, alpha: float = 0.05, power: 
     return sd * root
 
 
+def sign_flip_detectable_effect(
+    sd: float, n: int, *, alpha: float = 0.05, alternative: Alternative = "two-sided", power: float = 0.8
+) -> float:
+    """The smallest mean of n paired differences with this sd that `sign_flip_test` finds, in its direction, with this power.
+
+    In the unit of `sd`. It assumes normal differences, and was simulated from a fixed seed (standard error about 1 %).
+    Infinite where n signs cannot reject at `alpha` whatever the effect, nan where sd is.
+    """
+    if not 0 < alpha < power < 1:
+        raise ValueError(f"power must lie between alpha and 1, got alpha={alpha}, power={power}")
+    standardised = _sign_flip_effect(n, alpha / 2 if alternative == "two-sided" else alpha, power)
+    return sd * standardised if math.isfinite(standardised) else standardised
+
+
+@cache
+def _sign_flip_effect(n: int, alpha: float, power: float) -> float:
+    """Of the one-sided test, in standard deviations.
+
+    Of differences z + d, a flip of the subset F leaves a sum at least as large exactly when mean(z_F) <= -d. With k the whole
+    part of alpha 2^n, the empty subset counted, the test therefore rejects from d = the k-th largest of -mean(z_F) on, and
+    has its power at that quantile of it over samples of z.
+    """
+    generator = np.random.default_rng(0)
+    if n <= MAX_SIMULATED_SEEDS:
+        subsets = (np.arange(1, 2**n)[:, None] >> np.arange(n)) & 1
+    else:
+        subsets = generator.integers(0, 2, size=(2**MAX_SIMULATED_SEEDS - 1, n))
+        subsets = subsets[subsets.any(axis=1)]
+    k = math.floor(alpha * (len(subsets) + 1) + 1e-9)
+    if k < 1:
+        return math.inf
+    means = (subsets / subsets.sum(axis=1, keepdims=True)).T.astype(np.float32)
+    rows = max(CHUNK_ELEMENTS // len(subsets), 1)
+    needed = []
+    for start in range(0, NUM_SIMULATED, rows):
+        z = generator.normal(size=(min(rows, NUM_SIMULATED - start), n)).astype(np.float32)
+        needed.append(-np.partition(z @ means, k - 1, axis=1)[:, k - 1])
+    return float(np.quantile(np.concatenate(needed), power))
+
+
 def variance_components(differences: np.ndarray) -> VarianceComponents:
     """How much of the spread of `differences` (S, N) is of seeds, of images, and of neither.
 
@@ -284,19 +368,6 @@ def variance_components(differences: np.ndarray) -> VarianceComponents:
         sd_images=math.sqrt(max(float(images.var(ddof=1) - residual / S), 0.0)),
         sd_residual=math.sqrt(float(residual)),
     )
-
-
-def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
-    """The exact test of two models on the same images from where each is right, (N,) bool both."""
-    from scipy.stats import binomtest
-
-    first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    if first.shape != second.shape or first.ndim != 1:
-        raise ValueError(f"McNemar's test needs one value per image of both models, got shapes {first.shape} and {second.shape}")
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    discordant = only_first + only_second
-    p_value = float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
-    return McNemar(num_only_first=only_first, num_only_second=only_second, p_value=p_value)
 
 
 def _per_seed(values: Sequence[float] | np.ndarray, at_least: int) -> np.ndarray:

@@ -1,22 +1,44 @@
 """The effects of a study, from its MLflow runs alone: which designs were named before it ran, and what came of them.
 
-A parent run holds `designs.json`, by phase; the newest one counts. A trial's run is the cell that its parameters name: `factor`,
-the level under the name of that factor, and `seed`. Its files are those it was measured with: a trial that was given the
-measurement of an earlier one is read from that one's run.
+Every parent run holds `designs.json`, by phase; what counts is what any of them registered, see `merge_designs`. A trial's run
+is the cell that its parameters name: `factor`, the level under the name of that factor, and `seed`. Its files are those it was
+measured with: a trial that was given the measurement of an earlier one is read from that one's run.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from results.effects import Cell, Design, Predictions, effects_table, effects_text, format_effect, read_predictions
+import numpy as np
+
+from results import robustness_plot
+from results.effects import (
+    TEXT_WIDTH,
+    Cell,
+    CellKey,
+    Contrast,
+    Design,
+    Predictions,
+    TestKey,
+    effects_table,
+    effects_text,
+    format_effect,
+    format_interval,
+    format_mean,
+    levels_table,
+    levels_text,
+    published_sources,
+    read_predictions,
+)
 from results.forest import write_html, write_png
-from results.tracking import DESIGNS_FILE, PARENT_TAG, fetch_artifact, read_artifact
+from results.robustness_plot import Curve
+from results.tracking import DESIGNS_FILE, FINAL_STATUSES, PARENT_TAG, fetch_artifact, read_artifact
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,28 +48,42 @@ PREDICTIONS_FILES = ("predictions.npz", "robustness.npz")
 
 
 @dataclass(frozen=True, kw_only=True)
+class RobustnessCurves:
+    """The curves of a factor's levels over their seeds, by level and name; `chance_pct` is that of guessing evenly."""
+
+    curves: Mapping[str, Mapping[str, Curve]]
+    chance_pct: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Effects:
     """What came of a phase's design.
 
-    `num_looks` counts the times that effects were shown with data that had grown since, the present one included, and
-    `num_trials_before` the trials that were there when the design was registered. With one look and no such trial the p-values
-    mean what they say.
+    `design` is what all invocations registered, `digests` their designs in the order they came. `num_looks` counts the times
+    that effects were shown with data that had grown since, as far as recorded, the present one included. `robustness` has the
+    factors with curves; `notes` name what could not be read.
     """
 
+    study: str
     phase: str
     design: Design
+    digests: tuple[str, ...]
     table: pd.DataFrame
+    levels: pd.DataFrame
     num_looks: int
-    num_trials_before: int
+    robustness: Mapping[str, RobustnessCurves]
+    notes: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        """Every contrast on the outcomes that contrasts are about; the table has the others too."""
+        """The levels, and every contrast on the outcomes that contrasts are about; the table has the others too."""
         outcomes = {contrast.outcome for contrast in self.design.contrasts}
         own = self.table.loc[[outcome in outcomes for outcome in self.table["outcome"]]]
         num_others = len(self.table) - len(own)
-        others = f"{num_others} rows on other outcomes: --html, or {EFFECTS_FILE} of the parent run\n" if num_others else ""
-        return f"{self.registration}\n\n{effects_text(own)}{others}"
+        head = "\n".join(textwrap.wrap(f"{self.study}/{self.phase}, effects: {self.registration}", TEXT_WIDTH))
+        hint = f"python -m results.leaderboard {self.study} --html FILE, or {EFFECTS_FILE} of the parent run"
+        others = f"{num_others} {'row' if num_others == 1 else 'rows'} on other outcomes: {hint}\n" if num_others else ""
+        return f"{head}\n\n{levels_text(self.levels)}\n{effects_text(own)}{others}"
 
     @property
     def is_measured(self) -> bool:
@@ -56,75 +92,184 @@ class Effects:
 
     @property
     def markdown(self) -> str:
-        """The primary contrasts as a table of Markdown."""
-        lines = ["| primary contrast | outcome | effect | 95 % interval | p | seeds | verdict |", "|---|---|---:|---|---:|---:|---|"]
+        """The levels on the first outcome and the primary contrasts as tables of Markdown."""
+        outcome = self.design.outcomes[0].name
+        lines = [f"| level | {outcome}, mean ± sd | seeds | missing |", "|---|---:|---:|---|"]
+        for row in self.levels.loc[self.levels["outcome"] == outcome].to_dict("records"):
+            mean = format_mean(row["mean"], row["sd"], row["unit"])
+            lines.append(f"| {row['factor']}: {row['level']} | {mean} | {row['n_seeds']} | {row['missing']} |")
+        lines += ["", "| primary contrast | outcome | effect | 95 % interval | p | seeds | verdict |", "|---|---|---:|---|---:|---:|---|"]
         for row in self.table.loc[self.table["is_primary"]].to_dict("records"):
             numbers = ["-", "-", "-"]
             if row["n_seeds"]:
-                numbers = [format_effect(row["effect"], row["unit"]), interval_text(row), f"{row['p']:.2g}"]
+                effect = f"{format_effect(row['effect'], row['unit'])} {row['unit']}".rstrip()
+                side = "" if row["alternative"] == "two-sided" else " one-sided"
+                numbers = [effect, format_interval(row["low"], row["high"], row["unit"]), f"{row['p']:.2g}{side}"]
             cells = [f"{row['factor']}: {row['contrast']}", row["outcome"], *numbers, str(row["n_seeds"]), row["verdict"]]
             lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *(f"- {source}" for source in published_sources(self.table))]).rstrip()
 
     @property
     def registration(self) -> str:
         """What was fixed beforehand, and what was not."""
-        before = f"when {self.num_trials_before} trials were there" if self.num_trials_before else "before the first trial"
-        parts = [f"design {self.design.digest}, registered {before}"]
+        parts = [f"design {' and then '.join(self.digests)}"]
+        for factor, rows in self.table.groupby("factor", sort=False):
+            late = rows.loc[rows["num_trials_before"] > 0, "num_trials_before"]
+            if len(late):
+                num_trials = "1 trial" if late.max() == 1 else f"up to {late.max()} trials"
+                parts.append(f"{factor}: {len(late)} of {len(rows)} tests registered after {num_trials} of their arms")
+            else:
+                parts.append(f"{factor} registered before its first trial")
         if self.num_looks > 1:
-            parts.append(f"the data came in {self.num_looks} looks, which the p-values do not account for")
-        return "; ".join(parts)
+            parts.append(f"the data came in at least {self.num_looks} looks, which the p-values do not account for")
+        return "; ".join([*parts, *self.notes])
 
 
-def interval_text(row: Mapping[str, Any]) -> str:
-    """The ends of an effect's interval."""
-    return f"[{format_effect(row['low'], row['unit'])}, {format_effect(row['high'], row['unit'])}]"
+def load_effects(client: Any, study: str, parents: Sequence[Any], trials: Sequence[Any]) -> tuple[Effects, ...]:
+    """The effects of every design; `parents` and `trials` are the study's runs in the order they began.
 
-
-def load_effects(client: Any, parents: Sequence[Any], trials: Sequence[Any]) -> tuple[Effects, ...]:
-    """The effects of every design; `parents` and `trials` are the study's runs in the order they began."""
-    registered = [(parent, json.loads(text)) for parent in parents if (text := read_artifact(client, parent, DESIGNS_FILE))]
+    An artifact that cannot be read costs what it held and is named: designs in `notes`, a trial in its rows' `missing`.
+    """
+    order = {parent.info.run_id: place for place, parent in enumerate(parents)}
+    registered, notes = _read_designs(client, parents)
     found = []
-    for phase, data in (registered[-1][1] if registered else {}).items():
-        finished = [run for run in trials if run.data.tags["phase"] == phase and run.info.status == "FINISHED"]
-        design = Design.from_json(data)
-        began = min(parent.info.start_time for parent, designs in registered if designs.get(phase) == data)
+    for phase, designs in registered.items():
+        own = [run for run in trials if run.data.tags.get("phase") == phase and run.info.status in FINAL_STATUSES]
+        finished = [run for run in own if run.info.status == "FINISHED"]
+        cells, absent = read_cells(client, own)
+        design = merge_designs(list(designs.values()))
+        before = _num_trials_before(design, designs, [(_cell_key(run), order.get(run.data.tags.get(PARENT_TAG), -1)) for run in finished])
         found.append(
             Effects(
+                study=study,
                 phase=phase,
                 design=design,
-                table=effects_table(read_cells(client, finished), design),
+                digests=tuple(dict.fromkeys(one.digest for one in designs.values())),
+                table=effects_table(cells, design, absent=absent, num_trials_before=before),
+                levels=levels_table(cells, design, absent=absent),
                 num_looks=_num_looks(client, parents, finished),
-                num_trials_before=sum(run.info.start_time < began for run in finished),
+                robustness=_robustness(cells, design),
+                notes=notes,
             )
         )
     return tuple(found)
 
 
-def read_cells(client: Any, finished: Sequence[Any]) -> list[Cell]:
-    """The cells among the finished trials of a phase, the first trial of each."""
-    by_number = {int(run.data.tags["trial"]): run for run in finished}
-    cells: dict[tuple[str, str, int], Cell] = {}
-    predictions: dict[int, Predictions | None] = {}
+def _read_designs(client: Any, parents: Sequence[Any]) -> tuple[dict[str, dict[int, Design]], tuple[str, ...]]:
+    """By phase, the designs by the place of the parent that registered them; and which could not be read."""
+    registered: dict[str, dict[int, Design]] = {}
+    notes = []
+    for place, parent in enumerate(parents):
+        try:
+            text = read_artifact(client, parent, DESIGNS_FILE)
+            designs = {phase: Design.from_json(data) for phase, data in (json.loads(text) if text else {}).items()}
+        except Exception as error:  # a damaged file or a failed download: the other designs count
+            notes.append(f"{DESIGNS_FILE} of run {parent.info.run_id} is unreadable ({_reason(error)})")
+            continue
+        for phase, design in designs.items():
+            registered.setdefault(phase, {})[place] = design
+    return registered, tuple(notes)
+
+
+def merge_designs(designs: Sequence[Design]) -> Design:
+    """One design of all that were registered, oldest first.
+
+    Factors and outcomes stay, and so do contrasts: a factor has those of the newest design that has it, and after them the
+    older ones that it has dropped, none of them primary. Level and margin are the newest.
+    """
+    newest = designs[-1]
+    contrasts: list[Contrast] = []
+    for factor in dict.fromkeys(factor for design in designs for factor in design.factors):
+        kept: dict[str, Contrast] = {}
+        for design in reversed(designs):
+            for contrast in design.contrasts:
+                if contrast.factor == factor:
+                    kept.setdefault(contrast.text, replace(contrast, is_primary=contrast.is_primary and not _has_primary(kept)))
+        contrasts += kept.values()
+    outcomes = {outcome.name: outcome for design in designs for outcome in design.outcomes}
+    outcomes |= {outcome.name: outcome for outcome in newest.outcomes}
+    return replace(newest, contrasts=tuple(contrasts), outcomes=tuple(outcomes.values()))
+
+
+def _has_primary(kept: Mapping[str, Contrast]) -> bool:
+    return any(contrast.is_primary for contrast in kept.values())
+
+
+def _num_trials_before(
+    design: Design, registered: Mapping[int, Design], finished: Sequence[tuple[CellKey | None, int]]
+) -> dict[TestKey, int]:
+    """How many trials of a test's arms ended under invocations before the one that registered it as it is now tested."""
+    counts = {}
+    for contrast in design.contrasts:
+        levels = (contrast.baseline, *contrast.levels)
+        arms = [place for key, place in finished if key is not None and key[0] == contrast.factor and key[1] in levels]
+        for outcome in design.outcomes:
+            first = min(place for place, one in registered.items() if _is_registered(contrast, outcome.name, design, one))
+            counts[contrast.factor, contrast.text, outcome.name] = sum(place < first for place in arms)
+    return counts
+
+
+def _is_registered(contrast: Contrast, outcome: str, design: Design, earlier: Design) -> bool:
+    """Whether the earlier design has this test: its direction, level and margin, and as a primary one if it is one."""
+    return (
+        (earlier.alpha, earlier.margin_pct) == (design.alpha, design.margin_pct)
+        and any(known.name == outcome for known in earlier.outcomes)
+        and any(
+            (one.factor, one.levels, one.baseline) == (contrast.factor, contrast.levels, contrast.baseline)
+            and (one.outcome, one.alternative) == (contrast.outcome, contrast.alternative)
+            and (one.is_primary or not contrast.is_primary)
+            for one in earlier.contrasts
+        )
+    )
+
+
+def _cell_key(run: Any) -> CellKey | None:
+    """The cell that a trial is; None if it is none, as a trial that failed before it had parameters."""
+    params = run.data.params
+    factor = params.get("factor")
+    if factor not in params or "seed" not in params:
+        return None
+    return factor, params[factor], int(params["seed"])
+
+
+def read_cells(client: Any, trials: Sequence[Any]) -> tuple[list[Cell], dict[CellKey, str]]:
+    """The cells among the final trials of a phase, the first finished trial of each, and why others have no predictions."""
+    by_number = {int(run.data.tags["trial"]): run for run in trials}
+    cells: dict[CellKey, Cell] = {}
+    absent: dict[CellKey, str] = {}
+    predictions: dict[int, Predictions | str] = {}
     for number, run in sorted(by_number.items()):
-        params = run.data.params
-        factor = params.get("factor")
-        if factor is None or factor not in params:
+        key = _cell_key(run)
+        if key is None or key in cells:
+            continue
+        if run.info.status == "FAILED":
+            absent.setdefault(key, f"failed: {run.data.tags.get('failure_kind', 'error')}")
             continue
         source = int(run.data.tags.get("reused_from", number))
         if source not in predictions:
-            predictions[source] = _read_predictions(client, by_number[source]) if source in by_number else None
+            predictions[source] = _read_predictions(client, by_number[source]) if source in by_number else f"trial {source} is gone"
         measured = predictions[source]
-        if measured is not None:
-            key = factor, params[factor], int(params["seed"])
-            cells.setdefault(key, Cell(factor=key[0], level=key[1], seed=key[2], predictions=measured))
-    return list(cells.values())
+        if isinstance(measured, str):
+            absent[key] = measured
+        else:
+            cells[key] = Cell(factor=key[0], level=key[1], seed=key[2], predictions=measured)
+    return list(cells.values()), {key: reason for key, reason in absent.items() if key not in cells}
 
 
-def _read_predictions(client: Any, run: Any) -> Predictions | None:
+def _read_predictions(client: Any, run: Any) -> Predictions | str:
+    """Those of a trial, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
-        present = [fetch_artifact(client, run, name, Path(folder)) for name in PREDICTIONS_FILES]
-        return read_predictions(Path(folder) / PREDICTIONS_FILES[0]) if present[0] else None
+        try:
+            present = [fetch_artifact(client, run, name, Path(folder)) for name in PREDICTIONS_FILES]
+            return read_predictions(Path(folder) / PREDICTIONS_FILES[0]) if present[0] else f"no {PREDICTIONS_FILES[0]}"
+        except Exception as error:  # a damaged file or a failed download costs one trial, not the report
+            return f"unreadable: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    line = str(error).strip().split("\n")[0]
+    # What is raised here on purpose says all in its words.
+    return line if type(error) is ValueError and line else f"{type(error).__name__}: {line}"
 
 
 def _num_looks(client: Any, parents: Sequence[Any], finished: Sequence[Any]) -> int:
@@ -133,18 +278,49 @@ def _num_looks(client: Any, parents: Sequence[Any], finished: Sequence[Any]) -> 
     return 1 + sum(read_artifact(client, parent, EFFECTS_FILE) is not None for parent in with_trials[:-1])
 
 
-def write_files(effects: Sequence[Effects], folder: Path, study: str) -> list[Path]:
-    """Table, design and forest plot of each design; the first one's names are plain, the others end in their phase."""
+def _robustness(cells: Sequence[Cell], design: Design) -> dict[str, RobustnessCurves]:
+    """The curves of the factors that have any; a seed that was measured at other levels than the first is left out."""
+    found = {}
+    for factor in design.factors:
+        own = [cell for cell in cells if cell.factor == factor]
+        levels = dict.fromkeys(level for one in design.contrasts if one.factor == factor for level in (one.baseline, *one.levels))
+        curves: dict[str, dict[str, Curve]] = {}
+        for name in robustness_plot.PANELS:
+            with_curve = [cell for cell in own if name in cell.predictions.curves]
+            for level in levels:
+                steps = with_curve[0].predictions.curves[name][0] if with_curve else np.zeros(0)
+                stored = [cell.predictions.curves[name] for cell in with_curve if cell.level == level]
+                if same := [accuracy for found_steps, accuracy in stored if np.array_equal(found_steps, steps)]:
+                    curves.setdefault(level, {})[name] = (steps, np.stack(same))
+        if curves:
+            found[factor] = RobustnessCurves(curves=curves, chance_pct=100 / own[0].predictions.num_classes)
+    return found
+
+
+def write_files(effects: Sequence[Effects], folder: Path) -> list[Path]:
+    """Of each design: tables of effects and levels, the design, the forest plot and the robustness curves of each factor.
+
+    The names of the first design are plain, those of the others end in their phase; with several factors, those of the curves
+    end in the factor.
+    """
     files = []
     for index, one in enumerate(effects):
         suffix = f"_{one.phase}" if index else ""
-        table, design = folder / f"effects{suffix}.csv", folder / f"effects{suffix}.json"
+        table, levels, design = folder / f"effects{suffix}.csv", folder / f"levels{suffix}.csv", folder / f"effects{suffix}.json"
         one.table.to_csv(table, index=False)
+        one.levels.to_csv(levels, index=False)
         design.write_text(json.dumps(one.design.to_json(), indent=1))
-        files += [table, design]
+        files += [table, levels, design]
         if one.is_measured:
             png, html = folder / f"forest{suffix}.png", folder / f"forest{suffix}.html"
-            write_png(one.table, png, f"{study}/{one.phase}")
-            write_html(one.table, html, f"{study}/{one.phase}")
+            write_png(one.table, png, f"{one.study}/{one.phase}")
+            write_html(one.table, html, f"{one.study}/{one.phase}")
             files += [png, html]
+        for factor, measured in one.robustness.items():
+            of_factor = f"_{factor}" if len(one.design.factors) > 1 else ""
+            title = f"{one.study}/{one.phase}: robustness, {factor}, mean over seeds with 95 % interval"
+            for write, kind in ((robustness_plot.write_png, "png"), (robustness_plot.write_html, "html")):
+                path = folder / f"robustness{suffix}{of_factor}.{kind}"
+                write(measured.curves, path, title=title, chance_pct=measured.chance_pct)
+                files.append(path)
     return files

@@ -37,6 +37,8 @@ POLL_S = 0.5
 MAX_FAILURES_IN_A_ROW = 10
 MAX_REJECTED_IN_A_ROW = 200
 OUTCOME_FILE = "outcome.json"
+WITHDRAWN = "withdrawn"
+"""Stands as the failure of a trial that was enqueued and never begun, because a later start did not ask for it."""
 
 
 class PhaseStopped(RuntimeError):
@@ -61,7 +63,7 @@ class Measuring:
             trial=number,
             candidate=candidate,
             calls=phase.evaluators,
-            # A recipe has the seed of its training; seeds are then cells of a design, not a setting of the run.
+            # A recipe has the seed of its training; seeds are then part of a design, not a setting of the run.
             seed=candidate.recipe.seed if candidate.recipe else self.seed,
             data=self.data,
             data_fingerprint=self.data_fingerprint,
@@ -126,6 +128,7 @@ class PhaseLoop:
             raise
 
     def _run(self) -> None:
+        self._withdraw()
         self._read_ledger()
         self._total = self.proposer.num_total(self.study) if self.proposer else self.phase.num_trials
         while True:
@@ -159,12 +162,24 @@ class PhaseLoop:
         self._waits_for_nodes = True
         time.sleep(POLL_S)
 
+    def _withdraw(self) -> None:
+        """End the trials that only an earlier start wanted: what it enqueued is not measured when less is asked for now."""
+        unwanted = self.proposer.unwanted(self.study) if self.proposer else []
+        result = {"failure": WITHDRAWN, "message": "it was enqueued, and a later start did not ask for it"}
+        for waiting in unwanted:
+            # `tell` refuses a trial that nobody has asked for, and asking for it would make it one that runs.
+            self.study._storage.set_trial_user_attr(waiting._trial_id, RESULT_ATTRIBUTE, result)
+            self.study._storage.set_trial_state_values(waiting._trial_id, TrialState.FAIL)
+        if unwanted:
+            trials = "trial was" if len(unwanted) == 1 else "trials were"
+            self.progress.say(f"{self.study.study_name}: {len(unwanted)} waiting {trials} withdrawn, which this command does not ask for")
+
     def _read_ledger(self) -> None:
         for told in self.study.get_trials(deepcopy=False):
             if told.state == TrialState.RUNNING:
                 self._adopted.append(optuna.Trial(self.study, told._trial_id))
                 self._adopted_numbers.add(told.number)
-            elif told.state.is_finished():
+            elif told.state.is_finished() and not _is_withdrawn(told):
                 self._counts[told.state] = self._counts.get(told.state, 0) + 1
                 self._note_best(told.values)
                 if stored := _read_outcome(self.measuring.workdir(told.number)):
@@ -374,6 +389,10 @@ def make_objective(phase: Phase, measuring: Measuring) -> Callable[[optuna.Trial
 
 class EvaluationFailed(RuntimeError):
     """A candidate could not be measured; the message says why."""
+
+
+def _is_withdrawn(told: optuna.trial.FrozenTrial) -> bool:
+    return told.state == TrialState.FAIL and told.user_attrs.get(RESULT_ATTRIBUTE, {}).get("failure") == WITHDRAWN
 
 
 def _set_constraints(trial: optuna.Trial, excess: Mapping[str, float]) -> bool:

@@ -14,18 +14,19 @@ from optuna.storages import BaseStorage
 
 from results.leaderboard import attach_leaderboard, print_results
 from results.paths import RunPaths, journal_lock, without_password
-from results.tracking import MlflowTracker, RunStatus, check_tracking
+from results.tracking import MlflowTracker, check_tracking
 from search.archiving import Archiving
 from search.interruption import Interruption
 from search.lock import Hold, Lease, LockFile, StudyIsDriven
 from search.loop import Measuring, PhaseLoop, PhaseStopped, best_trial, make_objective
 from search.progress import Progress
+from search.registration import register
 from search.storage import open_storage
 from search.strategy import strategies
-from search.study import DESIGN_ATTRIBUTE, IDENTITY_ATTRIBUTE, Phase, RunSettings, SettingsError, Study, open_phase, studies
+from search.study import IDENTITY_ATTRIBUTE, Phase, RunSettings, SettingsError, Study, open_phase, studies
 from space.registry import unknown_name
 from workers.data import check_source, fingerprint
-from workers.evaluate import EarlierTrial
+from workers.evaluate import EarlierTrial, subject_of
 from workers.pool import Pool, PoolError, RayPool, SerialPool
 
 __all__ = ["PhaseStopped", "objective", "open_study", "run_study"]
@@ -51,6 +52,9 @@ def run_study(
         progress.say(note)
     check_tracking(opened.tracking_uri)
     with _driving(opened, fresh) as (hold, phases):
+        for phase, design in opened.study.designs.items():
+            for line in register(phases[phase], design):
+                progress.say(line)
         tracker = MlflowTracker(
             uri=opened.tracking_uri,
             study=settings.study_name,
@@ -60,22 +64,26 @@ def run_study(
             objectives={phase.name: list(phase.goals) for phase in opened.study.phases},
             designs=opened.designs(),
         )
-        status: RunStatus = "KILLED"
         try:
             with closing(_make_pool(opened, max_workers, ray_address)) as pool:
                 for phase in opened.study.phases:
                     _run_phase(opened, phase, phases, pool, tracker, progress, hold, interruption)
-            status = "FINISHED"
-        except PhaseStopped:
-            status = "FAILED"
+        except BaseException as error:
+            _end_early(tracker, error, progress)
             raise
-        finally:
-            try:
-                results = attach_leaderboard(tracker)
-            finally:
-                tracker.close(status)
+        tracker.close("FINISHED")
+        results = attach_leaderboard(tracker)
     print_results(results, LEADERBOARD_ROWS)
     print(f"all of it: python -m results.leaderboard {settings.study_name}, or MLflow at {opened.shown_tracking}")
+
+
+def _end_early(tracker: MlflowTracker, error: BaseException, progress: Progress) -> None:
+    """Close the runs, then show what there is; `error` ended the work, and no failure of this may take its place."""
+    try:
+        tracker.close("FAILED" if isinstance(error, PhaseStopped) else "KILLED")
+        attach_leaderboard(tracker)
+    except Exception as another:
+        progress.say(f"what there is could not be recorded or shown: {type(another).__name__}: {another}")
 
 
 def _run_phase(
@@ -159,6 +167,9 @@ class _Opened:
             if phase.strategy:
                 strategies.get(phase.strategy)
             phase.budget.check_reachable(phase.space)
+            example = phase.space.decode(next(phase.space.points()))
+            for call in phase.evaluators:
+                call.evaluator.check(subject_of(call, example), example.recipe, call.settings)
         if any(call.evaluator.uses_data for phase in self.study.phases for call in phase.evaluators):
             settings = replace(settings, data=check_source(settings.data))
         self.settings = settings
@@ -246,8 +257,6 @@ def _driving(opened: _Opened, fresh: bool) -> Iterator[tuple[Hold, dict[str, opt
             phase.name: open_phase(f"{name}/{phase.name}", phase, opened.settings, opened.data_fingerprint, storage)
             for phase in opened.study.phases
         }
-        for phase, design in opened.designs().items():
-            phases[phase].set_user_attr(DESIGN_ATTRIBUTE, design)
         if "://" in opened.storage_location and not (lease and lease.is_held()):
             hold = held(Lease(phases[opened.study.phases[0].name], say=Progress().say))
         yield hold, phases

@@ -31,6 +31,10 @@ class Proposer(Protocol):
         """The points of the next round, decided from the told trials of `study`; None when the rule has ended."""
         ...
 
+    def unwanted(self, study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+        """Trials that an earlier start enqueued and that the rule, as it is now, would not propose."""
+        ...
+
     def num_total(self, study: optuna.Study) -> int | None:
         """How many trials of `study` will be complete when the rule ends; None if that cannot be said."""
         ...

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SETTINGS_ATTRIBUTE = "settings"
 IDENTITY_ATTRIBUTE = "study_id"
 RESULT_ATTRIBUTE = "result"
-DESIGN_ATTRIBUTE = "design"
+DESIGNS_ATTRIBUTE = "designs"
 
 
 class SettingsError(ValueError):
@@ -177,7 +177,7 @@ class Phase:
 class Study:
     """Phases in the order they run; a phase may read what earlier ones found.
 
-    `designs` says, by phase, which contrasts of its cells are tested: stored before the first trial, reported at the end.
+    `designs` says, by phase, which contrasts of its cells are tested: told and stored before the first trial, reported at the end.
     `notes` are told the user before the run.
     """
 

@@ -89,6 +89,8 @@ MISTAKES = {
     "name with a slash": (["smoke", "--name", "a/b"], "--name 'a/b' is no name for a study"),
     "unknown factor": (["ablations", "--factor", "poling"], "unknown factor 'poling' in --factor; did you mean 'pooling'"),
     "level of no factor": (["ablations", "--level", "gem"], "FACTOR=LEVEL is expected"),
+    "reference as a level": (["ablations", "--level", "pooling=class_token"], "the reference is always there"),
+    "probe's seeds without probe": (["ablations", "--probe-seeds", "5"], "--probe-seeds means nothing without --linear-probe"),
     "option that is no number": (["ablations", "--seeds", "many"], "--seeds: 'many' is not a whole number"),
     "options of another study": (["smoke", "--seeds", "3"], "unrecognized arguments: --seeds 3"),
     "flag without meaning": (["ablations", "--trials", "3"], "--trials means nothing here"),

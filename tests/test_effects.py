@@ -12,7 +12,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from results.effects import TEXT_WIDTH, Cell, Contrast, Design, Predictions, effects_table, effects_text, read_predictions
+from results.effects import (
+    TEXT_WIDTH,
+    Cell,
+    Contrast,
+    Design,
+    Predictions,
+    effects_table,
+    effects_text,
+    levels_table,
+    levels_text,
+    published_sources,
+    read_predictions,
+    reading_notes,
+)
 from results.forest import interactive_figure, write_html, write_png
 from results.records import Metric
 from results.statistics import holm
@@ -48,7 +61,15 @@ def cells(
 
 def trial(level: str, seed: int, values: np.ndarray, *, outcome: str = "top1_pct", ids: np.ndarray | None = None) -> Cell:
     ids = np.arange(NUM_IMAGES) if ids is None else ids
-    return Cell(factor="mixing", level=level, seed=seed, predictions=Predictions(ids=ids, labels=LABELS, outcomes={outcome: values}))
+    predictions = Predictions(ids=ids, labels=LABELS, outcomes={outcome: values}, num_classes=3)
+    return Cell(factor="mixing", level=level, seed=seed, predictions=predictions)
+
+
+def of_differences(values: np.ndarray, **options) -> pd.Series:
+    """The row of a primary contrast whose differences (S, N) are these."""
+    trials = [trial("none", seed, np.zeros(NUM_IMAGES)) for seed in range(len(values))]
+    trials += [trial("mixup", seed, one) for seed, one in enumerate(values)]
+    return effects_table(trials, design(against_none("mixup", is_primary=True, **options))).iloc[0]
 
 
 def test_a_planted_effect_is_found_with_its_interval():
@@ -58,6 +79,7 @@ def test_a_planted_effect_is_found_with_its_interval():
     assert (found["p"], found["smallest_p"], found["n_seeds"], found["n_images"]) == (2 / 256, 2 / 256, 8, NUM_IMAGES)
     assert found["mean"] - found["baseline_mean"] == pytest.approx(found["effect"])
     assert found["rejected"]
+    assert found["is_shown"]
     assert found["verdict"].startswith("better by 2.")
 
 
@@ -74,15 +96,69 @@ def test_lower_is_better_where_the_outcome_says_so():
     found = effects_table(cells({"none": 0, "mixup": -1}, 8, outcome="nll"), design(on_nll, outcomes=(NLL,))).iloc[0]
     assert found["effect"] < 0
     assert found["verdict"].startswith("better by 0.99")
+    assert found["verdict"].split(":")[0].endswith("nats")
     assert (found["unit"], math.isnan(found["margin"]), math.isnan(found["equivalent_p"])) == ("nats", True, True)
 
 
 def test_no_effect_is_printed_as_none_and_within_the_margin():
     found = effects_table(cells({"none": 0, "mixup": 0}, 8), design(PRIMARY)).iloc[0]
     assert not found["rejected"]
-    assert found["verdict"].startswith("no difference shown: interval [-")
+    assert found["verdict"].startswith("no difference of more than 1 point: 90 % interval [-")
     assert found["equivalent_p"] < 0.01
-    assert "within +-1 points (TOST p" in found["verdict"]
+    assert found["equivalent"]
+    assert found["low"] < found["low_90"] < found["high_90"] < found["high"]
+
+
+def test_what_is_neither_shown_nor_within_the_margin_is_inconclusive():
+    found = effects_table(cells({"none": 0, "mixup": 0}, 8, noise=60.0), design(PRIMARY)).iloc[0]
+    assert found["verdict"].startswith("inconclusive: interval [")
+    assert (found["no_harm"], found["equivalent"]) == (False, False)
+
+
+def test_seeds_that_agree_on_images_that_do_not_are_better_on_these_images_only():
+    """Every seed gains 30 on one half of the images and loses 29 on the other: another test set may have less of the first."""
+    images = np.zeros(NUM_IMAGES)
+    images[:100], images[100:] = 30.0, -29.0
+    found = of_differences(images + 0.01 * np.random.default_rng(0).normal(size=(8, 1)))
+    assert found["rejected"]
+    assert not found["is_shown"]
+    assert found["low"] < 0 < found["effect"] < found["high"]
+    assert found["verdict"].startswith(
+        "better by 0.50 points on these test images, p 0.0078; the interval over other images includes 0: interval [-"
+    )
+
+
+@pytest.mark.parametrize(("effect", "is_better"), [(0.3, True), (-0.3, False)])
+def test_a_small_harm_is_shown_and_bounded(effect: float, is_better: bool):
+    found = effects_table(cells({"none": 0, "mixup": effect}, 8, noise=0.5), design(PRIMARY)).iloc[0]
+    assert found["is_shown"]
+    assert found["verdict"].startswith("better by" if is_better else "worse by")
+    assert "; no difference of more than 1 point: 90 % interval" in found["verdict"]
+
+
+def test_no_harm_is_claimed_where_only_the_other_end_leaves_the_margin():
+    found = of_differences(np.array([-0.8, 3.0, 0.1, 2.5, -0.5, 2.0, 0.9, -0.6])[:, None] + np.zeros(NUM_IMAGES))
+    assert (found["no_harm"], found["equivalent"]) == (True, False)
+    assert found["verdict"].startswith("inconclusive: ")
+    assert "no harm of more than 1 point: 90 % interval [-" in found["verdict"]
+
+
+def test_a_single_seed_says_nothing_of_harm():
+    found = effects_table(cells({"none": 0, "mixup": 0}, 1, noise=0.1), design(PRIMARY)).iloc[0]
+    assert (found["no_harm"], found["equivalent"]) == (False, False)
+
+
+def test_equal_differences_of_all_seeds_have_no_t_test():
+    assert math.isnan(of_differences(np.full((6, NUM_IMAGES), 0.5))["equivalent_p"])
+
+
+def test_one_sided_tests_say_so_and_what_goes_against_them_is_the_opposite():
+    greater = against_none("mixup", is_primary=True, alternative="greater")
+    for effect, words in ((2.5, "better by 2."), (-2.5, "the opposite of what was tested: interval [-2.")):
+        found = effects_table(cells({"none": 0, "mixup": effect}, 8), design(greater)).iloc[0]
+        assert found["verdict"].startswith(words)
+        assert "p one-sided " in found["verdict"]
+        assert found["rejected"] == (effect > 0)
 
 
 @pytest.mark.parametrize(("alternative", "smallest", "needed"), [("two-sided", 0.25, 6), ("greater", 0.125, 5)])
@@ -91,8 +167,9 @@ def test_three_seeds_say_that_they_cannot_reject(alternative: str, smallest: flo
     found = effects_table(cells({"none": 0, "mixup": 20}, 3), plan).iloc[0]
     assert found["p"] == found["smallest_p"] == smallest
     assert f"3 seeds cannot reject at 0.05 (smallest p {smallest:.2g}), {needed} could" in found["verdict"]
-    assert found["verdict"].startswith("undecided: interval [")
+    assert found["verdict"].startswith("inconclusive: interval [")
     assert found["could_have_seen"] is False
+    assert found["mde_seeds"] == math.inf
     assert plan.num_seeds_needed == needed
 
 
@@ -146,13 +223,32 @@ def test_what_is_not_measured_stays_in_its_family_and_is_named():
     trials = [cell for cell in cells({"none": 0, "mixup": 1, "cutmix": 1}, 6) if (cell.level, cell.seed) != ("cutmix", 4)]
     table = effects_table(trials, plan, num_resamples=200)
     assert table["n_seeds"].tolist() == [6, 5, 0]
-    assert table["missing"].tolist() == ["", "cutmix lacks seed 4", "transmix lacks seed 0, 1, 2, 3, 4 and 1 more"]
+    assert table["missing"].tolist() == ["", "cutmix lacks seed 4 (not run)", "transmix lacks seed 0, 1, 2, 3, 4 and 1 more (not run)"]
     assert table["p_holm"][1] == pytest.approx(2 * table["p"][1])
     assert table["verdict"][2].startswith("not measured: no seed has every arm (transmix lacks")
     text = effects_text(table)
-    assert "[cutmix lacks seed 4]" in text
+    assert "missing: cutmix lacks seed 4 (not run)" in " ".join(text.split())
     assert "not measured: mixing, top1_pct: transmix - none" in text
     assert effects_table([], plan)["n_seeds"].sum() == 0
+
+
+def test_what_failed_is_told_from_what_was_not_run():
+    trials = [cell for cell in cells({"none": 0, "mixup": 1}, 6) if cell.key not in {("mixing", "mixup", 2), ("mixing", "mixup", 4)}]
+    absent = {("mixing", "mixup", 4): "failed: non_finite", ("mixing", "none", 9): "failed: timeout"}
+    found = effects_table(trials, design(PRIMARY), absent=absent, num_resamples=200).iloc[0]
+    missing = "none lacks seed 9 (failed: timeout); mixup lacks seed 2 (not run), seed 4 (failed: non_finite)"
+    assert (found["n_seeds"], found["missing"]) == (4, missing)
+    assert found["verdict"].endswith(f"missing: {missing}")
+
+
+def test_levels_are_summed_up_over_seeds():
+    trials = cells({"none": 0, "mixup": 1}, 3)
+    levels = levels_table(trials, design(PRIMARY), absent={("mixing", "mixup", 3): "failed: timeout"})
+    means = [cell.predictions.outcomes["top1_pct"].mean() for cell in trials if cell.level == "mixup"]
+    row = levels.loc[levels["level"] == "mixup"].iloc[0]
+    assert (row["mean"], row["sd"]) == pytest.approx((np.mean(means), np.std(means, ddof=1)))
+    assert (row["n_seeds"], row["missing"]) == (3, "mixup lacks seed 3 (failed: timeout)")
+    assert f"{np.mean(means):.2f} ± {np.std(means, ddof=1):.2f}" in levels_text(levels)
 
 
 def test_images_are_matched_by_id_not_by_place():
@@ -168,15 +264,29 @@ def test_images_are_matched_by_id_not_by_place():
     assert found["mde_images"][0] == pytest.approx(expected["mde_images"][0])
 
 
-def test_arms_on_different_images_are_refused_by_name():
-    trials = cells({"none": 0, "mixup": 2}, 2)
-    other = [*trials[:-1], trial("mixup", 1, np.zeros(NUM_IMAGES), ids=np.arange(NUM_IMAGES) + 3)]
-    with pytest.raises(
-        ValueError, match=r"mixing = mixup, seed 1 and mixing = none, seed 0.*only the first has 200, 201, 202, only the second 0, 1, 2"
-    ):
-        effects_table(other, design(PRIMARY))
-    with pytest.raises(ValueError, match="two trials of factor 'mixing', level 'mixup', seed 1"):
+def test_a_trial_on_other_images_is_left_out_and_named():
+    trials = cells({"none": 0, "mixup": 2}, 3)
+    other = [*trials[:-1], trial("mixup", 2, np.zeros(NUM_IMAGES), ids=np.arange(NUM_IMAGES) + 3)]
+    found = effects_table(other, design(PRIMARY), num_resamples=100).iloc[0]
+    assert found["n_seeds"] == 2
+    assert "mixup lacks seed 2 (this trial and most are not of the same test images: only the first has 200, 201, 202" in found["missing"]
+    with pytest.raises(ValueError, match="two trials of factor 'mixing', level 'mixup', seed 2"):
         effects_table([*trials, trials[-1]], design(PRIMARY))
+
+
+def test_sentences_are_true_of_their_table():
+    trials = cells({"none": 0, "mixup": 1}, 6)
+    key = ("mixing", "mixup - none", "top1_pct")
+    early, late, unknown = (
+        effects_table(trials, design(PRIMARY), num_trials_before=before, num_resamples=50) for before in ({key: 0}, {key: 4}, None)
+    )
+    assert "named before the first trial of its arms" in "".join(reading_notes(early))
+    assert not any("named before" in note for table in (late, unknown) for note in reading_notes(table))
+    assert late["verdict"][0].endswith("registered after 4 trials of its arms")
+    assert "registered" not in early["verdict"][0] + unknown["verdict"][0]
+    assert "p: exact sign flips over seeds" in reading_notes(early)
+    many = effects_table(cells({"none": 0, "mixup": 1}, 21), design(PRIMARY), num_resamples=50)
+    assert "p: random sign flips over seeds" in reading_notes(many)
 
 
 def test_a_design_survives_json_and_its_digest_is_of_its_content():
@@ -230,6 +340,9 @@ def test_predictions_are_read_as_accuracy_likelihood_and_areas(tmp_path: Path):
     assert found.outcomes["nll"] == pytest.approx([math.log(math.exp(2) + 2) - 2, 1000, math.log(3)])
     # Image 3: (.2 * 1 + .3 * .5) / .5; image 5: .2 * .5 / .5; image 7 is always right. In the order of the predictions.
     assert found.outcomes["patch_mix_auc"] == pytest.approx([100, 70, 20])
+    levels, accuracy = found.curves["patch_mix"]
+    assert (levels.tolist(), accuracy) == ([0, 0.2, 0.5], pytest.approx([100, 200 / 3, 100 / 3]))
+    assert found.num_classes == 3
 
 
 def test_unusable_predictions_are_refused(tmp_path: Path):
@@ -238,6 +351,12 @@ def test_unusable_predictions_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"predictions.npz: logits of 1 images are not finite"):
         read_predictions(path)
     np.savez(path, ids=np.arange(2), labels=np.zeros(2, dtype=int), logits=np.zeros((2, 2)))
+    (tmp_path / "robustness.npz").write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"^robustness.npz: BadZipFile: "):
+        read_predictions(path)
+    np.savez(tmp_path / "robustness.npz", drop=np.ones((2, 2)))
+    with pytest.raises(ValueError, match=r"^robustness.npz: no ids in it"):
+        read_predictions(path)
     np.savez(tmp_path / "robustness.npz", ids=np.arange(1, 3), drop=np.ones((2, 2), dtype=bool), drop_levels=np.arange(2.0))
     with pytest.raises(ValueError, match=r"robustness.npz and .*predictions.npz are not of the same test images"):
         read_predictions(path)
@@ -246,6 +365,7 @@ def test_unusable_predictions_are_refused(tmp_path: Path):
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
     many = Contrast(factor="mixing", levels=("mixup", "cutmix"), baseline="none", outcome="top1_pct", is_primary=True, published=4.0)
+    many = dataclasses.replace(many, source="a paper, Table 1")
     plan = design(many, against_none("mixup"), against_none("cutmix", outcome="nll"), outcomes=(TOP1, NLL))
     both = []
     for cell in cells({"none": 0, "mixup": 0, "cutmix": 6}, 7):
@@ -262,20 +382,23 @@ def test_the_text_fits_a_terminal_and_names_the_trivial_accuracy(table: pd.DataF
     lines = effects_text(table).splitlines()
     assert max(map(len, lines)) <= TEXT_WIDTH
     assert "always guessing the most frequent class of the test set: 50.00 % top-1" in lines
-    assert [line for line in lines if line.startswith("*")] == ["* mixing: mean(mixup, cutmix) - none"]
-    assert sum(line.startswith("      ") and line.strip().startswith(("better", "no diff", "undecided", "worse")) for line in lines) == len(
-        table
-    )
+    assert [line for line in lines if line.startswith("P ")] == ["P mixing: mean(mixup, cutmix) - none"]
+    assert published_sources(table) == ["published +4.00 for mixing: mean(mixup, cutmix) - none: a paper, Table 1"]
+    assert f"  {published_sources(table)[0]}" in lines
+    words = ("better", "no diff", "inconclusive", "worse")
+    assert sum(line.startswith("      ") and line.strip().startswith(words) for line in lines) == len(table)
 
 
 def test_the_forest_shows_every_effect_filled_where_it_is_shown(table: pd.DataFrame):
     figure = interactive_figure(table)
     drawn = [x for trace in figure.data if trace.name != "published effect" for x in trace.x]
     filled = [color != "white" for trace in figure.data if trace.name != "published effect" for color in trace.marker.color]
-    expected = dict(zip(table["effect"], table["rejected"], strict=True))
+    expected = dict(zip(table["effect"], table["is_shown"], strict=True))
     assert dict(zip(drawn, filled, strict=True)) == expected
     assert set(filled) == {True, False}
     assert [trace.x for trace in figure.data if trace.name == "published effect"] == [(4.0,)]
+    assert [note.text for note in figure.layout.annotations] == ["top1_pct: right is better", "nll: left is better"]
+    assert [axis.title.text for axis in (figure.layout.xaxis, figure.layout.xaxis2)] == ["effect (points)", "effect (nats)"]
 
 
 def test_the_forest_is_a_readme_wide_png_and_a_page_that_loads_nothing(table: pd.DataFrame, tmp_path: Path):

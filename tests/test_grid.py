@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import optuna
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 from test_loop import make_phase, run, small_space, states
 
+from search.storage import open_storage
 from search.strategies.grid import Grid
 from search.study import RESULT_ATTRIBUTE
+from workers.pool import Event, SerialPool
 
 
 def points(*numbers: int) -> list[dict[str, int]]:
@@ -22,9 +25,9 @@ def new_study() -> optuna.Study:
     return optuna.create_study(directions=["maximize"], sampler=optuna.samplers.RandomSampler(seed=0))
 
 
-def run_grid(folder: Path, *numbers: int, study: optuna.Study | None = None, settings=None) -> optuna.Study:
-    phase = make_phase(settings, strategy=None, num_trials=None, propose=lambda phases: Grid(points(*numbers)))
-    return run(phase, folder, study or new_study(), proposer=Grid(points(*numbers)))[0]
+def run_grid(folder: Path, *numbers: int, study: optuna.Study | None = None, pool: SerialPool | None = None) -> optuna.Study:
+    phase = make_phase(strategy=None, num_trials=None, propose=lambda phases: Grid(points(*numbers)))
+    return run(phase, folder, study or new_study(), proposer=Grid(points(*numbers)), pool=pool)[0]
 
 
 def measured(study: optuna.Study) -> list[int]:
@@ -53,6 +56,42 @@ def test_a_point_that_was_only_enqueued_or_half_asked_is_not_proposed_again(tmp_
     assert Grid(points(1, 2, 3)).next_batch(study) == points(3)
     run_grid(tmp_path, 1, 2, 3, study=study)
     assert sorted(measured(study)) == [1, 2, 3]
+
+
+class InterruptedPool(SerialPool):
+    """Ctrl-C comes while the second job runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_polls = 0
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        self._num_polls += 1
+        if self._num_polls == 2:
+            raise KeyboardInterrupt
+        return super().poll(timeout_s)
+
+
+@pytest.mark.parametrize("storage", ["optuna.journal", "sqlite:///optuna.db"])
+def test_after_an_interruption_a_shorter_list_withdraws_what_had_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], storage: str
+):
+    monkeypatch.chdir(tmp_path)
+    study = optuna.create_study(storage=open_storage(storage), study_name="s/grid", directions=["maximize"])
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(tmp_path, *range(1, 21), study=study, pool=InterruptedPool())
+    assert states(study) == ["COMPLETE", "RUNNING", *["WAITING"] * 18]
+    capsys.readouterr()
+    run_grid(tmp_path, 1, 5, study=study)
+    assert measured(study) == [1, 2, 5]
+    assert states(study).count("FAIL") == 17
+    said = capsys.readouterr().out
+    assert "s/grid: 17 waiting trials were withdrawn, which this command does not ask for" in said
+    assert "3/3 done" in said
+    assert "failed" not in said
+    run_grid(tmp_path, 1, 5, 7, study=study)
+    assert measured(study) == [1, 2, 5, 7]
+    assert "withdrawn" not in capsys.readouterr().out
 
 
 def fail(study: optuna.Study, number: int, kind: str) -> None:

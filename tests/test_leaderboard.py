@@ -146,6 +146,7 @@ def test_the_command_prints_a_table_and_writes_its_files(runs_dir, tmp_path):
     assert max(map(len, done.stdout.split("\n"))) <= 120
     assert "12 measured" in done.stdout
     assert "1 failed (1 non_finite)" in done.stdout
+    assert "7 more rows: python -m results.leaderboard as_vit --top 12" in done.stdout
     assert "the family, in the order it grew" in done.stdout
     frame = pd.read_csv(tmp_path / "out" / "a.csv")
     assert len(frame) == 15

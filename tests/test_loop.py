@@ -232,6 +232,9 @@ class TwoRounds:
         best = max((trial.params["num_classes"] for trial in study.trials), default=None)
         return {None: [{"num_classes": 1}, {"num_classes": 2}], 2: [{"num_classes": 20}]}.get(best)
 
+    def unwanted(self, study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+        return []
+
     def num_total(self, study: optuna.Study) -> int:
         return 3
 

@@ -87,7 +87,8 @@ def head() -> Iterator[Head]:
     }
     made = Head(home, checkout, env)
     made.ray("get-auth-token", "--generate")
-    ports = ["--port", str(free_port()), "--dashboard-port", str(dashboard)]
+    # The agent that takes jobs has a fixed port, and stays silent if another cluster of the machine holds it.
+    ports = ["--port", str(free_port()), "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(free_port())]
     started = made.ray("start", "--head", "--num-cpus", "2", *ports, "--temp-dir", str(folder / "ray"))
     assert started.returncode == 0, started.stdout + started.stderr
     yield made

@@ -15,9 +15,11 @@ from optuna.trial import TrialState
 import search
 from results.leaderboard import load
 from results.paths import RunPaths
-from results.tracking import mlflow_client, search_runs
+from results.tracking import MlflowTracker, mlflow_client, search_runs
+from search.interruption import Interruption
 from search.storage import open_storage
 from search.study import RunSettings, SettingsError, open_phase, studies
+from workers.pool import Event, SerialPool
 
 pytestmark = pytest.mark.slow
 
@@ -143,6 +145,30 @@ def test_a_space_with_conditions_on_several_values_can_be_resumed(tmp_path: Path
     storage = open_storage(tmp_path / "optuna.journal")
     created, resumed = (open_phase("smoke/search", conditional, run, "digits", storage) for _ in range(2))
     assert created.user_attrs == resumed.user_attrs
+
+
+def test_a_leaderboard_that_cannot_be_made_hides_no_interruption_and_comes_after_the_runs_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def statuses() -> dict[str, str]:
+        client = mlflow_client(RunPaths(tmp_path).mlflow_uri)
+        runs = search_runs(client, [client.get_experiment_by_name("smoke").experiment_id])
+        return {run.data.tags["kind"]: run.info.status for run in runs}
+
+    def attach(tracker: MlflowTracker) -> None:
+        assert statuses() == {"trial": "KILLED", "invocation": "KILLED"}
+        raise OSError("no space left for the figure")
+
+    class InterruptedPool(SerialPool):
+        def poll(self, timeout_s: float) -> list[Event]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("search.service.attach_leaderboard", attach)
+    monkeypatch.setattr("search.service._make_pool", lambda *arguments: InterruptedPool())
+    settings = RunSettings(study="smoke", runs=tmp_path, num_trials=2)
+    with pytest.raises(KeyboardInterrupt):
+        search.service.run_study(settings, fresh=False, max_workers=None, ray_address="", command="", interruption=Interruption())
+    assert "OSError: no space left for the figure" in capsys.readouterr().out
 
 
 def test_an_experiment_of_another_study_of_that_name_is_refused(tmp_path: Path):

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, bootstrap, permutation_test, ttest_1samp
+from scipy.stats import bootstrap, permutation_test, ttest_1samp
 
 from results.statistics import (
     MAX_EXACT_SEEDS,
     holm,
-    mcnemar,
     minimum_detectable_effect,
     paired_bootstrap,
+    resample,
+    sign_flip_detectable_effect,
     sign_flip_test,
     t_test_power,
     tost,
@@ -103,6 +104,24 @@ def test_intervals_do_not_depend_on_the_chunk(monkeypatch):
     assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), abs=1e-6)  # float32 sum order
 
 
+def test_many_differences_share_draws_and_are_each_what_they_are_alone():
+    generator = np.random.default_rng(0)
+    many = [generator.normal(size=shape) for shape in ((4, 30), (1, 30), (4, 12), (6, 30))]
+    for D, found in zip(many, resample(many, seed=3, num_resamples=400), strict=True):
+        for confidence in (0.9, 0.95):
+            alone = paired_bootstrap(D, seed=3, num_resamples=400, confidence=confidence)
+            shared = found.interval(confidence)
+            assert (shared.low, shared.high) == pytest.approx((alone.low, alone.high), abs=1e-6)  # float32 sum order
+            assert (shared.num_seeds, shared.num_images, shared.confidence) == (*D.shape, confidence)
+
+
+def test_a_sum_of_differences_has_the_sum_of_their_deviations():
+    """Contrasts over the same seeds and images are resampled together."""
+    D = np.random.default_rng(0).normal(size=(2, 5, 40))
+    one, other, both = resample([D[0], D[1], D[0] + D[1]], seed=0, num_resamples=100)
+    assert both.deviations == pytest.approx(one.deviations + other.deviations, abs=1e-5)  # float32 products
+
+
 @pytest.mark.parametrize(
     ("differences", "reason"),
     [
@@ -185,7 +204,7 @@ def test_tost_is_the_worse_of_two_t_tests():
     sides = ttest_1samp(values, -1, alternative="greater").pvalue, ttest_1samp(values, 1, alternative="less").pvalue
     assert tost(values, 1.0) == pytest.approx(max(sides))
     assert tost(values + 5, 1.0) > 0.99
-    assert (tost([0.5, 0.5], 1.0), tost([1.5, 1.5], 1.0)) == (0, 1)
+    assert math.isnan(tost([0.5, 0.5], 1.0))
 
 
 def test_tost_needs_a_margin_and_two_seeds():
@@ -221,6 +240,31 @@ def test_the_minimum_detectable_effect_of_many_is_the_normal_one():
     assert math.isnan(minimum_detectable_effect(math.nan, 5))
 
 
+@pytest.mark.parametrize(
+    ("n", "alternative", "alpha"),
+    [(6, "two-sided", 0.05), (5, "greater", 0.05), (8, "two-sided", 0.025), (9, "less", 0.01), (14, "greater", 0.05)],
+)
+def test_sign_flips_find_the_detectable_effect_as_often_as_they_say(n: int, alternative, alpha: float):
+    effect = sign_flip_detectable_effect(2.0, n, alpha=alpha, alternative=alternative)
+    values = (-effect if alternative == "less" else effect) + 2.0 * np.random.default_rng(1).normal(size=(600, n))
+    rejected = np.mean([sign_flip_test(one, alternative=alternative).p_value <= alpha for one in values])
+    assert rejected == pytest.approx(0.8, abs=0.05)  # standard error .016, of the simulated effect about the same
+
+
+def test_sign_flips_that_cannot_reject_detect_nothing():
+    assert [sign_flip_detectable_effect(1.0, n) for n in (1, 3, 5)] == [math.inf] * 3
+    assert math.isfinite(sign_flip_detectable_effect(1.0, 6))
+    assert sign_flip_detectable_effect(1.0, 6, alpha=0.05 / 2) == math.inf
+    assert math.isnan(sign_flip_detectable_effect(math.nan, 6))
+    assert math.isinf(sign_flip_detectable_effect(math.nan, 1))
+
+
+@pytest.mark.parametrize("n", [6, 8, 12, 20])
+def test_sign_flips_need_more_than_a_t_test_and_less_and_less(n: int):
+    ratio = sign_flip_detectable_effect(1.0, n) / minimum_detectable_effect(1.0, n)
+    assert 0.98 < ratio < {6: 1.4, 8: 1.1, 12: 1.05, 20: 1.03}[n]
+
+
 def test_variance_components_are_recovered():
     D = 3 + crossed(np.random.default_rng(0), 300, 400, seeds=0.5, images=2.0, residual=4.0)
     found = variance_components(D)
@@ -236,16 +280,3 @@ def test_seeds_without_an_effect_of_their_own_have_no_variance_but_that_of_image
     single = variance_components(np.array([[1.0, 3.0]]))
     assert math.isnan(single.sd_seeds)
     assert single.sd_images == pytest.approx(math.sqrt(2))
-
-
-def test_mcnemar_is_the_binomial_test_of_discordant_images():
-    first = np.repeat([True, True, False, False], [50, 12, 3, 10])
-    second = np.repeat([True, False, True, False], [50, 12, 3, 10])
-    found = mcnemar(first, second)
-    assert (found.num_only_first, found.num_only_second) == (12, 3)
-    assert found.p_value == pytest.approx(binomtest(3, 15, 0.5).pvalue)
-    # 2 * (1 + 15 + 105 + 455) / 2^15
-    assert found.p_value == pytest.approx(2 * 576 / 2**15)
-    assert mcnemar(first, first).p_value == 1
-    with pytest.raises(ValueError, match="one value per image"):
-        mcnemar(first, second[1:])

@@ -1,4 +1,4 @@
-"""A list of points, each measured once: for factorial designs, where every cell counts whatever the others gave."""
+"""A list of points, each measured once: for factorial designs, whose cells all count whatever the others gave."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Grid:
     """Proposer of the given `points`, in their order, in one round.
 
     A point that the study holds already is not proposed again, unless all it met were failures that need not repeat: timeouts,
-    lost workers. One instance proposes a point once, so those are tried again by the next start. A longer list extends the study.
+    lost workers. One instance proposes a point once, so those are tried again by the next start. A longer list extends the study,
+    a shorter one withdraws what no longer is in it and has not begun.
     """
 
     def __init__(self, points: Sequence[Mapping[str, Scalar]]):
@@ -37,6 +38,10 @@ class Grid:
         lacking = f", {len(self._points) - num_measured} could not be" if num_measured < len(self._points) else ""
         self.ended = f"{num_measured} of its {len(self._points)} points are measured{lacking}"
         return None
+
+    def unwanted(self, study: optuna.Study) -> list[FrozenTrial]:
+        """The waiting trials of points that are not in the list."""
+        return [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) if _asked(trial) not in self._points]
 
     def num_total(self, study: optuna.Study) -> int:
         """Trials that are complete, in flight or still to be proposed; those beyond this list, of earlier starts, included."""

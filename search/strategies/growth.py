@@ -103,6 +103,10 @@ class Growth:
             return None
         return [self._point(size) for size in growing.wanted]
 
+    def unwanted(self, study: optuna.Study) -> list[FrozenTrial]:
+        """Empty: a round that was begun is measured to its end."""
+        return []
+
     def num_total(self, study: optuna.Study) -> None:
         """Unknown: every round decides which candidates the next one has."""
 
