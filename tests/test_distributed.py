@@ -49,7 +49,7 @@ assert pool.capacity() >= 1
 pool.submit(job(2))
 outcome, curves, killed = None, [], []
 while outcome is None:
-    if len(killed) < num_kills and list(folder.glob("2/checkpoints/step-*")):
+    if len(killed) < num_kills and list(folder.glob("2/checkpoints-*/step-*")):
         names = {each: " ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])}
         process = next(each for each, name in names.items() if name.startswith("ray::RayTrainWorker"))
         process.kill()

@@ -149,7 +149,7 @@ def test_a_second_driver_is_refused_and_told_who_holds_the_study(tmp_path: Path)
 
 def test_a_study_survives_trials_that_hang(tmp_path: Path):
     runs = tmp_path / "runs"
-    process = driver(runs, "--trials", "4", "--time-limit-s", "2", *settings_flags(behaviour="hang", every=3))
+    process = driver(runs, "--trials", "4", "--time-limit-s", "4", *settings_flags(behaviour="hang", every=3))
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     states = Counter(trial.state for trial in told(runs))

@@ -82,6 +82,12 @@ def subject_of(call: Call, candidate: Candidate):
     return candidate.scored if call.evaluator.subject == "proxy" else candidate.model
 
 
+def import_for(job: Job) -> None:
+    """Import what the job's evaluators are made of, as far as that is known before they run."""
+    if not all(call.evaluator.is_free for call in job.calls):
+        import torch  # noqa: F401
+
+
 def evaluate(job: Job, report: Report = report_nothing, dataset: DataSet | None = None) -> Outcome:
     """Run the job's evaluators in order and return their metrics, or the reason there are none.
 

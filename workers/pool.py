@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from results.records import Failure, Outcome
 from workers.data import DataSet, load_dataset
-from workers.evaluate import Job, evaluate, poisons_device
+from workers.evaluate import Job, evaluate, import_for, poisons_device
 
 
 class PoolError(ValueError):
@@ -290,6 +290,8 @@ def _load_dataset(source: str, img_size: int) -> DataSet:
 
 
 def _run_job(job: Job, mailbox: Any, dataset: DataSet | None) -> Outcome:
+    # A fresh process takes seconds to import what its first job needs, which no time limit should count.
+    import_for(job)
     mailbox.put.remote("started", job.trial)
     report: Callable[[str, float, int], None] = lambda name, value, step: mailbox.put.remote("reported", job.trial, name, value, step)  # noqa: E731
     outcome = evaluate(job, report, dataset)
