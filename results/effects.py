@@ -599,8 +599,8 @@ def effects_text(table: pd.DataFrame) -> str:
             cells = [
                 " | ".join(format_effect(row[key], row["unit"])[1:] for key in ("mean", "baseline_mean")),
                 f"{format_effect(row['effect'], row['unit'])} {row['unit']}".rstrip(),
-                f"{row['p']:.2g}",
-                "" if row["is_primary"] else f"{row['p_holm']:.2g}",
+                _narrow(row["p"]),
+                "" if row["is_primary"] else _narrow(row["p_holm"]),
                 " | ".join(format_effect(row[key], row["unit"]).lstrip("+") for key in ("mde_seeds", "mde_images")),
                 format_effect(row["published"], row["unit"]),
                 str(row["n_seeds"]),
@@ -617,6 +617,10 @@ def effects_text(table: pd.DataFrame) -> str:
     for line in published_sources(table):
         lines += textwrap.wrap(f"  {line}", TEXT_WIDTH, subsequent_indent="    ")
     return "\n".join(lines) + "\n"
+
+
+def _narrow(p: float) -> str:
+    return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
 
 
 def _line(name: str, outcome: str, *numbers: str) -> str:

@@ -7,6 +7,7 @@ effect whose test rejects (Holm-corrected where it is not primary) and whose int
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from html import escape
 from pathlib import Path
@@ -52,6 +53,13 @@ def _heading(rows: pd.DataFrame) -> str:
     return f"{first['outcome']}: {'right' if first['goal'] == 'maximize' else 'left'} is better"
 
 
+def _short(contrast: str) -> str:
+    """A mean over many levels by their number: a row of the figure has room for two lines."""
+    found = re.fullmatch(r"mean\((.+)\)( - .+)", contrast)
+    levels = found[1].split(", ") if found else []
+    return f"mean of {len(levels)} levels{found[2]}" if found and len(levels) > 2 else contrast
+
+
 def _axis_title(rows: pd.DataFrame) -> str:
     return f"effect ({rows['unit'].iloc[0]})" if rows["unit"].iloc[0] else "effect"
 
@@ -76,7 +84,7 @@ def write_png(table: pd.DataFrame, path: Path, title: str) -> None:
             else:
                 axis.set_axis_off()
         for axis in axes[:, 0]:
-            labels = ["\n".join(textwrap.wrap(contrast or factor, LABEL_WIDTH)) for factor, contrast in places]
+            labels = ["\n".join(textwrap.wrap(_short(contrast) or factor, LABEL_WIDTH)) for factor, contrast in places]
             axis.set_yticks(list(places.values()), labels)
             for (_, contrast), label in zip(places, axis.get_yticklabels(), strict=True):
                 label.set_fontweight("normal" if contrast else "bold")
@@ -203,7 +211,7 @@ def interactive_figure(table: pd.DataFrame) -> go.Figure:
         axis_look = {"gridcolor": GRID, "zeroline": False, "linecolor": GREY, "ticks": "outside", "tickcolor": GREY}
         figure.update_xaxes(title=_axis_title(rows), rangemode="tozero", **axis_look, **at)
     labels = [
-        "<br>".join(escape(part) for part in textwrap.wrap(contrast, LABEL_WIDTH)) if contrast else f"<b>{escape(factor)}</b>"
+        "<br>".join(escape(part) for part in textwrap.wrap(_short(contrast), LABEL_WIDTH)) if contrast else f"<b>{escape(factor)}</b>"
         for factor, contrast in places
     ]
     figure.update_yaxes(
