@@ -63,15 +63,6 @@ class SignFlip:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VarianceComponents:
-    """Standard deviations of `difference = mean + seed + image + residual`; nan where one seed or one image cannot tell."""
-
-    sd_seeds: float
-    sd_images: float
-    sd_residual: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Bootstrap:
     """Resampled means of differences (S, N), from which intervals are read; everything but `estimate` is relative to it.
 
@@ -347,27 +338,6 @@ def _sign_flip_effect(n: int, alpha: float, power: float) -> float:
         z = generator.normal(size=(min(rows, NUM_SIMULATED - start), n)).astype(np.float32)
         needed.append(-np.partition(z @ means, k - 1, axis=1)[:, k - 1])
     return float(np.quantile(np.concatenate(needed), power))
-
-
-def variance_components(differences: np.ndarray) -> VarianceComponents:
-    """How much of the spread of `differences` (S, N) is of seeds, of images, and of neither.
-
-    Method of moments for the two-way random-effects layout with one value per cell: E[MS_seeds] = var_residual +
-    N var_seeds, E[MS_images] = var_residual + S var_images; a negative estimate is 0. `sd_seeds` is thus free of the noise
-    of a finite test set, which is in the plain spread of the seeds' means.
-    """
-    D = _two_way(differences)
-    S, N = D.shape
-    seeds, images = D.mean(axis=1), D.mean(axis=0)
-    if S == 1 or N == 1:
-        sd = float(D.std(ddof=1)) if D.size > 1 else math.nan
-        return VarianceComponents(sd_seeds=sd if N == 1 else math.nan, sd_images=sd if S == 1 else math.nan, sd_residual=math.nan)
-    residual = ((D - seeds[:, None] - images[None, :] + D.mean()) ** 2).sum() / ((S - 1) * (N - 1))
-    return VarianceComponents(
-        sd_seeds=math.sqrt(max(float(seeds.var(ddof=1) - residual / N), 0.0)),
-        sd_images=math.sqrt(max(float(images.var(ddof=1) - residual / S), 0.0)),
-        sd_residual=math.sqrt(float(residual)),
-    )
 
 
 def _per_seed(values: Sequence[float] | np.ndarray, at_least: int) -> np.ndarray:

@@ -32,13 +32,7 @@ QUICK = AsVitSettings(num_repeats=2, ntk_batch_size=4, num_angles=3)
 CONTEXT = Context(seed=0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    # The number of threads decides the last bits, and these tests compare bits.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def net_spec(topology=SEED_TOPOLOGY, *, width=8, img_size=32):

@@ -21,7 +21,6 @@ from results.statistics import (
     sign_flip_test,
     t_test_power,
     tost,
-    variance_components,
 )
 
 METHODS = ("calibrated", "percentile", "bca")
@@ -263,20 +262,3 @@ def test_sign_flips_that_cannot_reject_detect_nothing():
 def test_sign_flips_need_more_than_a_t_test_and_less_and_less(n: int):
     ratio = sign_flip_detectable_effect(1.0, n) / minimum_detectable_effect(1.0, n)
     assert 0.98 < ratio < {6: 1.4, 8: 1.1, 12: 1.05, 20: 1.03}[n]
-
-
-def test_variance_components_are_recovered():
-    D = 3 + crossed(np.random.default_rng(0), 300, 400, seeds=0.5, images=2.0, residual=4.0)
-    found = variance_components(D)
-    # Relative standard errors 1 / sqrt(2 * 300) of the seeds' and less of the others; the seeds' also bears 16/400 of residual.
-    assert (found.sd_seeds, found.sd_images, found.sd_residual) == pytest.approx((0.5, 2.0, 4.0), rel=0.12)
-
-
-def test_seeds_without_an_effect_of_their_own_have_no_variance_but_that_of_images():
-    found = [variance_components(crossed(np.random.default_rng(run), 5, 50, seeds=0, images=1, residual=5)).sd_seeds for run in range(100)]
-    assert min(found) == 0
-    # The plain spread of the seeds' means is 5 / sqrt(50), all of it noise of images.
-    assert np.median(found) < 0.3 * 5 / math.sqrt(50)
-    single = variance_components(np.array([[1.0, 3.0]]))
-    assert math.isnan(single.sd_seeds)
-    assert single.sd_images == pytest.approx(math.sqrt(2))

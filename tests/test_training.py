@@ -32,17 +32,21 @@ QUICK = Recipe(epochs=2, batch_size=256, lr=2e-3, warmup_epochs=1, flip=False)
 THOROUGH = Recipe(epochs=12, batch_size=64, lr=1e-2, warmup_epochs=1, flip=False, crop="none", label_smoothing=0.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def digits(tiny_vit):
     return load_dataset("digits", img_size=tiny_vit.img_size)
+
+
+SAVE = training_module.save_checkpoint
+
+
+def save_and_stop(*args):
+    """A checkpoint, and the end of the process that wrote it."""
+    SAVE(*args)
+    raise KeyboardInterrupt
 
 
 def bits(network) -> bytes:
@@ -87,12 +91,6 @@ def test_stopped_after_any_step_and_resumed_it_ends_with_the_same_bits(tiny_vit,
     """Whatever the recipe holds, a checkpoint holds all that the rest of the training depends on."""
     recipe = replace(QUICK, **VARIANTS[variant])
     uninterrupted = bits_of(tiny_vit, recipe, digits, tmp_path / "uninterrupted")
-    save = training_module.save_checkpoint
-
-    def save_and_stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
     workdir = tmp_path / "interrupted"
     num_stops = 0
     with monkeypatch.context() as patch:
@@ -181,12 +179,6 @@ def test_a_damaged_checkpoint_costs_a_step_and_no_bit(tiny_vit, digits, tmp_path
 
 
 def test_a_checkpoint_of_another_recipe_is_neither_used_nor_removed(tiny_vit, digits, tmp_path, monkeypatch):
-    save = training_module.save_checkpoint
-
-    def save_and_stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(training_module, "save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
@@ -251,12 +243,6 @@ def test_batch_norms_and_their_average_are_resumed_too(digits, tmp_path, monkeyp
     model = TimmSpec(name="test_resnet", img_size=8, num_classes=10)
     recipe = replace(QUICK, epochs=1, ema_decay=0.9)
     uninterrupted = bits_of(model, recipe, digits, tmp_path / "whole")
-    save = training_module.save_checkpoint
-
-    def save_and_stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(training_module, "save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
