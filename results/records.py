@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Goal = Literal["minimize", "maximize"]
-FailureKind = Literal["illegal", "error", "out_of_memory", "timeout", "non_finite", "rank_deficient", "lost"]
+FailureKind = Literal["illegal", "error", "out_of_memory", "timeout", "non_finite", "rank_deficient", "lost", "unavailable"]
 
 DETERMINISTIC_FAILURES: frozenset[str] = frozenset({"illegal", "error", "non_finite", "rank_deficient"})
 """Failures that the same candidate would meet again; an equal candidate is told the same without being run."""

@@ -10,14 +10,16 @@ record   outcome.json in the workdir, then MLflow with the trial's files, then O
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import optuna
+from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from results.records import DETERMINISTIC_FAILURES, Failure, Measurement, Outcome, outcome_from_json, outcome_to_json, write_json_atomically
@@ -25,13 +27,15 @@ from results.tracking import Tracker, TrialRecord
 from search.interruption import Interruption
 from search.lock import Hold
 from search.progress import Progress, Status
-from search.strategy import Proposer
+from search.storage import trial_id_of
+from search.strategy import Proposer, enqueue
 from search.study import RESULT_ATTRIBUTE, Phase
-from space.registry import SpecError
+from space.registry import SpecError, unknown_name
 from space.search_space import Candidate
-from workers.evaluate import EarlierTrial, Job, evaluate
-from workers.evaluator import ARTIFACTS, PROGRESS
+from workers.evaluate import Job, Stop, evaluate
+from workers.evaluator import ARTIFACTS, PROGRESS, EarlierTrial
 from workers.pool import Finished, Pool
+from workers.resources import RESOURCES, Resources
 
 POLL_S = 0.5
 MAX_FAILURES_IN_A_ROW = 10
@@ -53,24 +57,26 @@ class Measuring:
     data: str
     data_fingerprint: str
     workdir: Callable[[int], Path]
-    earlier: Mapping[str, EarlierTrial] = field(default_factory=dict)
-    gpus: float = 0.0
-    processes: int = 1
+    earlier: Mapping[str, tuple[EarlierTrial, ...]] = field(default_factory=dict)
+    resources: Resources = field(default_factory=Resources)
     time_limit_s: float | None = None
 
     def job(self, number: int, candidate: Candidate, phase: Phase) -> Job:
+        """The job of a trial; raises SpecError for settings of the candidate that no evaluator of the phase has."""
+        for name in candidate.settings:
+            if name != RESOURCES and name not in (known := [call.name for call in phase.evaluators]):
+                raise unknown_name("evaluator", name, [*known, RESOURCES], "the candidate's settings")
         return Job(
             trial=number,
             candidate=candidate,
-            calls=phase.evaluators,
+            calls=tuple(call.changed(candidate.settings.get(call.name, {})) for call in phase.evaluators),
             # A recipe has the seed of its training; seeds are then part of a design, not a setting of the run.
             seed=candidate.recipe.seed if candidate.recipe else self.seed,
             data=self.data,
             data_fingerprint=self.data_fingerprint,
             workdir=self.workdir(number),
             earlier=self.earlier,
-            gpus=self.gpus,
-            processes=self.processes,
+            resources=self.resources.changed(candidate.settings.get(RESOURCES, {})),
             time_limit_s=self.time_limit_s,
         )
 
@@ -91,6 +97,7 @@ class PhaseLoop:
     study_name: str
     phase: Phase
     study: optuna.Study
+    storage: BaseStorage
     measuring: Measuring
     pool: Pool
     tracker: Tracker
@@ -103,6 +110,7 @@ class PhaseLoop:
     _adopted: deque[optuna.Trial] = field(default_factory=deque)
     _again: deque[_Asked] = field(default_factory=deque)
     _known: dict[str, tuple[int, Outcome]] = field(default_factory=dict)
+    _stopped: dict[str, dict[float, Path]] = field(default_factory=dict)
     _counts: dict[TrialState, int] = field(default_factory=dict)
     _best: dict[str, float] = field(default_factory=dict)
     _shares: dict[int, float] = field(default_factory=dict)
@@ -168,8 +176,9 @@ class PhaseLoop:
         result = {"failure": WITHDRAWN, "message": "it was enqueued, and a later start did not ask for it"}
         for waiting in unwanted:
             # `tell` refuses a trial that nobody has asked for, and asking for it would make it one that runs.
-            self.study._storage.set_trial_user_attr(waiting._trial_id, RESULT_ATTRIBUTE, result)
-            self.study._storage.set_trial_state_values(waiting._trial_id, TrialState.FAIL)
+            trial_id = trial_id_of(self.study, self.storage, waiting.number)
+            self.storage.set_trial_user_attr(trial_id, RESULT_ATTRIBUTE, result)
+            self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
         if unwanted:
             trials = "trial was" if len(unwanted) == 1 else "trials were"
             self.progress.say(f"{self.study.study_name}: {len(unwanted)} waiting {trials} withdrawn, which this command does not ask for")
@@ -177,24 +186,26 @@ class PhaseLoop:
     def _read_ledger(self) -> None:
         for told in self.study.get_trials(deepcopy=False):
             if told.state == TrialState.RUNNING:
-                self._adopted.append(optuna.Trial(self.study, told._trial_id))
+                self._adopted.append(optuna.Trial(self.study, trial_id_of(self.study, self.storage, told.number)))
                 self._adopted_numbers.add(told.number)
             elif told.state.is_finished() and not _is_withdrawn(told):
                 self._counts[told.state] = self._counts.get(told.state, 0) + 1
                 self._note_best(told.values)
                 if stored := _read_outcome(self.measuring.workdir(told.number)):
                     self._remember(stored.key, stored.outcome, told.number if stored.reused_from is None else stored.reused_from)
+                    if stored.stop and stored.reused_from is None and isinstance(stored.outcome, Measurement):
+                        self._remember_stop(stored.stop, self.measuring.workdir(told.number))
 
     def _fill(self) -> bool:
         """Ask for and submit trials until the pool is full (False) or nothing more is wanted for now (True)."""
-        while len(self._running) < self.pool.capacity():
+        while len(self._running) < self.pool.capacity(self.measuring.resources):
             self.interruption.check()
             self._show()
             if self._again:
                 self._dispatch(self._again.popleft())
             elif self._adopted:
                 self._start(self._adopted.popleft(), is_adopted=True)
-            elif self._num_in_flight() < 2 * self.pool.capacity() and self._wants_more():
+            elif self._num_in_flight() < 2 * self.pool.capacity(self.measuring.resources) and self._wants_more():
                 self._start(self.study.ask(), is_adopted=False)
             else:
                 return True
@@ -215,7 +226,7 @@ class PhaseLoop:
             return False
         batch = self.proposer.next_batch(self.study)
         for params in batch or ():
-            self.study.enqueue_trial(dict(params))
+            enqueue(self.study, params)
         self._proposals_ended = not batch
         return not self._proposals_ended
 
@@ -223,11 +234,11 @@ class PhaseLoop:
         try:
             candidate = self.phase.space.decode(self.phase.space.suggest(trial))
             excess = self.phase.budget.excess(candidate)
+            asked = self._asked(trial, candidate)
         except SpecError as error:
             self._fail_unrecorded(trial, error)
             return
         is_over_budget = _set_constraints(trial, excess)
-        asked = self._asked(trial, candidate)
         if is_adopted and (outcome := self._outcome_of_lost_driver(asked)) is not None:
             self.tracker.open(asked.record)
             self._tell(asked, outcome)
@@ -243,10 +254,24 @@ class PhaseLoop:
             self._repeat(asked)
         elif any(running.job.key == asked.job.key for running in self._running.values()):
             self._followers.setdefault(asked.job.key, []).append(asked)
+        elif asked.job.resources != self.measuring.resources and not self.pool.capacity(asked.job.resources):
+            self.tracker.open(asked.record)
+            message = f"the trial asks for {asked.job.resources}, which no node of the cluster has"
+            self._tell(asked, Failure(kind="unavailable", message=message))
         else:
             self.tracker.open(asked.record)
             self._running[asked.trial.number] = asked
-            self.pool.submit(asked.job)
+            self.pool.submit(replace(asked.job, continues=self._continued_by(asked.job)))
+
+    def _continued_by(self, job: Job) -> Path | None:
+        """The files of the trial of the same training that went furthest towards the point where this job stops."""
+        if job.stop is None:
+            return None
+        before = {at: workdir for at, workdir in self._stopped.get(job.stop.training, {}).items() if at < job.stop.at}
+        return before[max(before)] if before else None
+
+    def _remember_stop(self, stop: Stop, workdir: Path) -> None:
+        self._stopped.setdefault(stop.training, {}).setdefault(stop.at, workdir)
 
     def _asked(self, trial: optuna.Trial, candidate: Candidate) -> _Asked:
         record = TrialRecord(
@@ -287,12 +312,15 @@ class PhaseLoop:
     def _tell(self, asked: _Asked, outcome: Outcome) -> None:
         key = asked.job.key
         reused_from = asked.record.reused_from
-        identity = {"key": key, "reused_from": reused_from, "candidate": asked.record.candidate}
+        stop = asked.job.stop if asked.job.stop and math.isfinite(asked.job.stop.at) else None
+        identity = {"key": key, "reused_from": reused_from, "candidate": asked.record.candidate, **({"stop": asdict(stop)} if stop else {})}
         write_json_atomically(asked.job.workdir / OUTCOME_FILE, {**identity, **outcome_to_json(outcome)})
         self.tracker.record(asked.record, outcome, asked.job.workdir / ARTIFACTS)
         self._remember(key, outcome, asked.trial.number if reused_from is None else reused_from)
         asked.trial.set_user_attr(RESULT_ATTRIBUTE, _result(asked.job.candidate, outcome))
         if isinstance(outcome, Measurement):
+            if stop and reused_from is None:
+                self._remember_stop(stop, asked.job.workdir)
             values = [outcome.values[name] for name in self.phase.objectives]
             self.study.tell(asked.trial, values)
             self._note_best(values)
@@ -402,20 +430,28 @@ def _set_constraints(trial: optuna.Trial, excess: Mapping[str, float]) -> bool:
     return any(over > 0 for over in excess.values())
 
 
-def best_trial(phase: Phase, study: optuna.Study, workdir: Callable[[int], Path]) -> EarlierTrial:
-    """The complete trial that is best in the first objective, the lowest number of equals, as a later phase may read it.
+def needed_trials(
+    phase: Phase, study: optuna.Study, workdir: Callable[[int], Path], which: Literal["best", "all"]
+) -> tuple[EarlierTrial, ...]:
+    """The complete trials of `phase` as a later phase may read them, best in the first objective first, equals by their number.
 
-    Raises PhaseStopped if there is none, or its files are gone.
+    A measurement that several trials were told stands there once. Raises PhaseStopped if there is none, or files are gone.
     """
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if not complete:
-        raise PhaseStopped(f"{study.study_name} has no complete trial, and a later phase needs one")
     sign = -1 if phase.goals[0].goal == "maximize" else 1
-    best = min(complete, key=lambda trial: (sign * trial.values[0], trial.number))
-    stored = _read_outcome(workdir(best.number))
-    if stored is None:
-        raise PhaseStopped(f"{study.study_name}: the files of its best trial, {best.number}, are gone from {workdir(best.number)}")
-    return EarlierTrial(workdir(best.number if stored.reused_from is None else stored.reused_from), stored.key)
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    ranked = sorted(complete, key=lambda trial: (sign * trial.values[0], trial.number))
+    if not ranked:
+        raise PhaseStopped(f"{study.study_name} has no complete trial, and a later phase needs one")
+    needed: dict[int, EarlierTrial] = {}
+    for trial in ranked if which == "all" else ranked[:1]:
+        stored = _read_outcome(workdir(trial.number))
+        if stored is None or isinstance(stored.outcome, Failure):
+            what = "its best trial" if which == "best" else "trial"
+            raise PhaseStopped(f"{study.study_name}: the files of {what} {trial.number} are gone from {workdir(trial.number)}")
+        measured = trial.number if stored.reused_from is None else stored.reused_from
+        earlier = EarlierTrial(number=measured, workdir=workdir(measured), key=stored.key, values=stored.outcome.values)
+        needed.setdefault(measured, earlier)
+    return tuple(needed.values())
 
 
 def _result(candidate: Candidate, outcome: Outcome) -> dict[str, Any]:
@@ -431,6 +467,7 @@ class _Stored(NamedTuple):
 
     key: str
     reused_from: int | None
+    stop: Stop | None
     outcome: Outcome
 
 
@@ -439,5 +476,5 @@ def _read_outcome(workdir: Path) -> _Stored | None:
         data: Mapping[str, Any] = json.loads((workdir / OUTCOME_FILE).read_text())
     except (OSError, json.JSONDecodeError):
         return None
-    outcome = outcome_from_json({name: value for name, value in data.items() if name not in ("key", "reused_from", "candidate")})
-    return _Stored(data["key"], data["reused_from"], outcome)
+    outcome = outcome_from_json({name: value for name, value in data.items() if name not in ("key", "reused_from", "candidate", "stop")})
+    return _Stored(data["key"], data["reused_from"], Stop(**data["stop"]) if data.get("stop") else None, outcome)

@@ -118,6 +118,7 @@ def _evaluate(argv: list[str]) -> int:
     from space.search_space import Candidate
     from workers.data import check_source, fingerprint
     from workers.evaluate import Job, evaluate
+    from workers.resources import resources_of
 
     settings = _run_settings("evaluate", args)
     calls = tuple(settings.call(name.strip()) for name in args.evaluators.split(","))
@@ -136,7 +137,7 @@ def _evaluate(argv: list[str]) -> int:
             data_fingerprint=fingerprint(args.data),
             workdir=args.workdir or Path(folder),
             num_threads=args.threads,
-            gpus=args.gpus,
+            resources=resources_of(calls, gpus=args.gpus),
         )
         outcome = evaluate(job)
     if isinstance(outcome, Failure):

@@ -18,7 +18,7 @@ from results.tracking import MlflowTracker, check_tracking
 from search.archiving import Archiving
 from search.interruption import Interruption
 from search.lock import Hold, Lease, LockFile, StudyIsDriven
-from search.loop import Measuring, PhaseLoop, PhaseStopped, best_trial, make_objective
+from search.loop import Measuring, PhaseLoop, PhaseStopped, make_objective, needed_trials
 from search.progress import Progress
 from search.registration import register
 from search.storage import open_storage
@@ -26,7 +26,8 @@ from search.strategy import strategies
 from search.study import IDENTITY_ATTRIBUTE, Phase, RunSettings, SettingsError, Study, open_phase, studies
 from space.registry import unknown_name
 from workers.data import check_source, fingerprint
-from workers.evaluate import EarlierTrial, subject_of
+from workers.evaluate import subject_of
+from workers.evaluator import EarlierTrial
 from workers.pool import Pool, PoolError, RayPool, SerialPool
 
 __all__ = ["PhaseStopped", "objective", "open_study", "run_study"]
@@ -51,7 +52,7 @@ def run_study(
     for note in opened.study.notes:
         progress.say(note)
     check_tracking(opened.tracking_uri)
-    with _driving(opened, fresh) as (hold, phases):
+    with _driving(opened, fresh) as (hold, storage, phases):
         for phase, design in opened.study.designs.items():
             for line in register(phases[phase], design):
                 progress.say(line)
@@ -67,7 +68,9 @@ def run_study(
         try:
             with closing(_make_pool(opened, max_workers, ray_address)) as pool:
                 for phase in opened.study.phases:
-                    _run_phase(opened, phase, phases, pool, tracker, progress, hold, interruption)
+                    pool.check(phase.trial_resources(opened.settings))
+                for phase in opened.study.phases:
+                    _run_phase(opened, phase, phases, storage, pool, tracker, progress, hold, interruption)
         except BaseException as error:
             _end_early(tracker, error, progress)
             raise
@@ -90,6 +93,7 @@ def _run_phase(
     opened: _Opened,
     phase: Phase,
     phases: Mapping[str, optuna.Study],
+    storage: BaseStorage,
     pool: Pool,
     tracker: MlflowTracker,
     progress: Progress,
@@ -101,6 +105,7 @@ def _run_phase(
             study_name=opened.settings.study_name,
             phase=phase,
             study=phases[phase.name],
+            storage=storage,
             measuring=opened.measuring(phase, opened.earlier(phase, phases)),
             pool=pool,
             tracker=tracker,
@@ -131,9 +136,10 @@ def objective(name: str, **settings: Any) -> Callable[[optuna.Trial], float | tu
     opened, phase = _open_for_user(name, settings)
     storage, study_name = opened.storage(), opened.settings.study_name
     try:
-        earlier = {needed: optuna.load_study(study_name=f"{study_name}/{needed}", storage=storage) for needed in phase.needs}
+        earlier = {need.phase: optuna.load_study(study_name=f"{study_name}/{need.phase}", storage=storage) for need in phase.needs}
     except KeyError as error:
-        raise SettingsError(f"phase {phase.name!r} needs {', '.join(phase.needs)}, which {opened.shown_storage} does not hold") from error
+        needed = ", ".join(need.phase for need in phase.needs)
+        raise SettingsError(f"phase {phase.name!r} needs {needed}, which {opened.shown_storage} does not hold") from error
     return make_objective(phase, opened.measuring(phase, opened.earlier(phase, earlier)))
 
 
@@ -187,11 +193,6 @@ class _Opened:
     def shown_tracking(self) -> str:
         return without_password(self.tracking_uri)
 
-    @property
-    def gpus(self) -> float:
-        """GPUs that each trial is given: what the user says, or what an evaluator cannot do without."""
-        return max(self.settings.gpus, *(call.evaluator.gpus for phase in self.study.phases for call in phase.evaluators))
-
     def storage(self) -> BaseStorage:
         return open_storage(self.storage_location)
 
@@ -199,17 +200,19 @@ class _Opened:
         """The JSON of what will be tested, by phase."""
         return {phase: design.to_json() for phase, design in self.study.designs.items()}
 
-    def earlier(self, phase: Phase, studied: Mapping[str, optuna.Study]) -> dict[str, EarlierTrial]:
-        """The best trial of every phase that `phase` needs; raises PhaseStopped if one has none."""
+    def earlier(self, phase: Phase, studied: Mapping[str, optuna.Study]) -> dict[str, tuple[EarlierTrial, ...]]:
+        """The trials of earlier phases that `phase` needs; raises PhaseStopped if a phase has none."""
         return {
-            needed: best_trial(self.study.phase(needed), studied[needed], lambda number, needed=needed: self.workdir(needed, number))
-            for needed in phase.needs
+            need.phase: needed_trials(
+                self.study.phase(need.phase), studied[need.phase], lambda number, name=need.phase: self.workdir(name, number), need.which
+            )
+            for need in phase.needs
         }
 
     def workdir(self, phase: str, number: int) -> Path:
         return self.paths.workdir(self.settings.study_name, phase, number)
 
-    def measuring(self, phase: Phase, earlier: Mapping[str, EarlierTrial]) -> Measuring:
+    def measuring(self, phase: Phase, earlier: Mapping[str, tuple[EarlierTrial, ...]]) -> Measuring:
         settings = self.settings
         return Measuring(
             seed=settings.seed,
@@ -217,15 +220,14 @@ class _Opened:
             data_fingerprint=self.data_fingerprint,
             workdir=lambda number: self.workdir(phase.name, number),
             earlier=earlier,
-            gpus=self.gpus,
-            processes=settings.processes,
+            resources=phase.trial_resources(settings),
             time_limit_s=settings.time_limit_s,
         )
 
 
 @contextmanager
-def _driving(opened: _Opened, fresh: bool) -> Iterator[tuple[Hold, dict[str, optuna.Study]]]:
-    """Hold the study against other drivers, with the Optuna study of every phase open."""
+def _driving(opened: _Opened, fresh: bool) -> Iterator[tuple[Hold, BaseStorage, dict[str, optuna.Study]]]:
+    """Hold the study against other drivers, with its storage and the Optuna study of every phase open."""
     name = opened.settings.study_name
     first = f"{name}/{opened.study.phases[0].name}"
     with ExitStack() as stack:
@@ -259,18 +261,10 @@ def _driving(opened: _Opened, fresh: bool) -> Iterator[tuple[Hold, dict[str, opt
         }
         if "://" in opened.storage_location and not (lease and lease.is_held()):
             hold = held(Lease(phases[opened.study.phases[0].name], say=Progress().say))
-        yield hold, phases
+        yield hold, storage, phases
 
 
 def _make_pool(opened: _Opened, max_workers: int | None, ray_address: str) -> Pool:
-    needs = [call.evaluator for phase in opened.study.phases for call in phase.evaluators]
-    if all(need.is_free for need in needs):
+    if all(call.evaluator.is_free for phase in opened.study.phases for call in phase.evaluators):
         return SerialPool()
-    return RayPool(
-        address=ray_address,
-        cpus=max(need.cpus for need in needs),
-        gpus=opened.gpus,
-        memory_mb=max(need.memory_mb for need in needs),
-        processes=opened.settings.processes,
-        max_workers=max_workers,
-    )
+    return RayPool(address=ray_address, max_workers=max_workers)

@@ -11,6 +11,7 @@ from results.paths import without_password
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.storages.journal import JournalFileSymlinkLock
+    from optuna.study import Study
 
 LOCK_GRACE_S = 5
 """After this time a journal lock is taken from its holder: Optuna's default of 30 s is spent waiting for dead ones."""
@@ -42,6 +43,11 @@ def open_storage(location: str | Path) -> BaseStorage:
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise StorageError(f"Optuna storage {without_password(text)!r} cannot be opened: {reason}") from error
+
+
+def trial_id_of(study: Study, storage: BaseStorage, number: int) -> int:
+    """The id under which `storage` keeps the trial of this number: what adopting or ending it takes."""
+    return storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name(study.study_name), number)
 
 
 def _grpc(url: str) -> BaseStorage:

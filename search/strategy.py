@@ -22,6 +22,19 @@ if TYPE_CHECKING:
     import optuna
 
 
+PROPOSED_ATTRIBUTE = "proposed"
+
+
+def enqueue(study: optuna.Study, params: Mapping[str, Scalar]) -> None:
+    """Enqueue a trial at a proposer's point, which `proposed_point` can read while the trial waits."""
+    study.enqueue_trial(dict(params), user_attrs={PROPOSED_ATTRIBUTE: dict(params)})
+
+
+def proposed_point(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """The point of a trial, also of one that waits or that was half suggested when its driver was lost."""
+    return {**trial.user_attrs.get(PROPOSED_ATTRIBUTE, {}), **trial.params}
+
+
 class Proposer(Protocol):
     """A rule that works in rounds; `ended` says why it has, and is empty until then."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import uuid
 import warnings
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from results.records import Metric
 from search.strategy import Proposer, strategies
@@ -18,6 +19,7 @@ from space.recipe import Recipe
 from space.registry import Registry, SpecError
 from space.search_space import Candidate, SearchSpace
 from workers.evaluator import Call, evaluators
+from workers.resources import Resources, resources_of
 
 if TYPE_CHECKING:
     import optuna
@@ -135,13 +137,22 @@ def _completed(space: SearchSpace, wanted: Mapping[str, Any]):
     yield params
 
 
+@dataclass(frozen=True)
+class Need:
+    """What the trials of a phase are given of an earlier one: its best trial, by the first objective, or all that are complete."""
+
+    phase: str
+    which: Literal["best", "all"] = "best"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """One Optuna study: a space, what is measured, what counts, and what decides what to try next.
 
     Either a `strategy` proposes `num_trials` trials one by one, or `propose` makes a proposer that works in rounds and
-    ends by itself, from what the earlier phases found. `needs` names the earlier phases whose best trial's files the
-    evaluators read.
+    ends by itself, from what the earlier phases found. `needs` says which trials of earlier phases the evaluators are given.
+    `resources` are what each trial takes; None takes what the evaluators declare, with the user's GPUs and processes for those that
+    can use them.
     """
 
     name: str
@@ -152,16 +163,34 @@ class Phase:
     strategy: str | None = None
     num_trials: int | None = None
     propose: Callable[[Mapping[str, optuna.Study]], Proposer] | None = None
-    needs: tuple[str, ...] = ()
+    needs: tuple[Need, ...] = ()
+    resources: Resources | None = None
 
     def __post_init__(self) -> None:
         if (self.strategy is None) == (self.propose is None):
             raise SpecError(f"phase {self.name!r} needs either a strategy or a proposer")
         if (self.strategy is None) != (self.num_trials is None):
             raise SpecError(f"phase {self.name!r}: a strategy needs num_trials, a proposer ends by itself")
+        self._refuse_one_name_for_two_values()
         missing = [name for name in self.objectives if name not in self.metrics]
         if missing:
             raise SpecError(f"phase {self.name!r}: no evaluator measures {', '.join(missing)}")
+
+    def _refuse_one_name_for_two_values(self) -> None:
+        for one, other in itertools.combinations(self.evaluators, 2):
+            measured = {metric.name: metric for metric in one.evaluator.metrics}
+            shared = [metric for metric in other.evaluator.metrics if metric.name in measured]
+            # Two evaluators may state the same quantity, declared in the same words: parameters are parameters.
+            clashes = [metric.name for metric in shared if one.name == other.name or measured[metric.name] != metric]
+            if clashes:
+                raise SpecError(
+                    f"phase {self.name!r}: {', '.join(clashes)} would be measured twice, by {one.to_json()} and by {other.to_json()}, and "
+                    "one would overwrite the other. Measure one of them in a phase of its own, or make its setting an axis of the space"
+                )
+
+    def trial_resources(self, run: RunSettings) -> Resources:
+        """What each trial takes, when the user asks for `run`'s GPUs and processes."""
+        return self.resources or resources_of(self.evaluators, gpus=run.gpus, processes=run.processes)
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
@@ -188,7 +217,7 @@ class Study:
     def __post_init__(self) -> None:
         earlier: list[str] = []
         for phase in self.phases:
-            if unknown := [name for name in phase.needs if name not in earlier]:
+            if unknown := [need.phase for need in phase.needs if need.phase not in earlier]:
                 raise SpecError(f"phase {phase.name!r} needs {', '.join(unknown)}, which no earlier phase is called")
             earlier.append(phase.name)
 
@@ -240,7 +269,8 @@ def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dic
     example = phase.space.decode(next(phase.space.points()))
     # Keys that came later stand only where they say something, so that older studies still compare equal.
     recipe = {"recipe": dataclasses.replace(example.recipe, seed=0).to_json()} if example.recipe else {}
-    processes = {"processes": run.processes} if run.processes > 1 else {}
+    num_processes = phase.trial_resources(run).processes
+    processes = {"processes": num_processes} if num_processes > 1 else {}
     return {
         "study": run.study,
         "space": phase.space.to_json(),
@@ -280,7 +310,7 @@ def open_phase(name: str, phase: Phase, run: RunSettings, data_fingerprint: str,
             opened.set_metric_names(list(phase.objectives))
         opened.set_user_attr(IDENTITY_ATTRIBUTE, uuid.uuid4().hex)
         opened.set_user_attr(SETTINGS_ATTRIBUTE, wanted)
-    elif differences := list(_differences(_with_whole_recipe(stored), _with_whole_recipe(wanted))):
+    elif differences := list(_differences(_comparable(stored, phase), _comparable(wanted, phase))):
         raise SettingsError(
             f"study {name!r} was created with other settings: {'; '.join(differences)}. "
             "Run it with the settings it has, under another --name, or begin anew with --fresh (the old study is kept)"
@@ -288,10 +318,16 @@ def open_phase(name: str, phase: Phase, run: RunSettings, data_fingerprint: str,
     return opened
 
 
-def _with_whole_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they are compared: a recipe is stored without its defaults, which a difference should name."""
-    recipe = settings.get("recipe")
-    return {**settings, "recipe": dataclasses.asdict(Recipe.from_json(recipe))} if recipe else dict(settings)
+def _comparable(settings: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
+    """Settings as they are compared."""
+    compared = dict(settings)
+    if recipe := settings.get("recipe"):
+        # It is stored without its defaults, which a difference should name.
+        compared["recipe"] = dataclasses.asdict(Recipe.from_json(recipe))
+    if not any(call.evaluator.uses_processes for call in phase.evaluators):
+        # Stored once with every phase, and no number of this one depends on it.
+        compared.pop("processes", None)
+    return compared
 
 
 def _refuse_name_of_another_method(name: str, method: str, storage: optuna.storages.BaseStorage) -> None:

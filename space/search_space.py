@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from space.component import Scalar
@@ -56,12 +56,15 @@ class Axis:
 class Candidate:
     """What a trial measures: the network that is reported, how it is trained, and a stand-in where one is scored in its place.
 
-    `label` is the method's own notation of the network, as a reader of the leaderboard knows it.
+    `settings` are evaluator settings of this trial alone, `{"profile": {"batch_size": 8}}`; they overrule those of its phase. Under
+    the name "resources" they say what the trial takes of the cluster: `{"resources": {"accelerator_type": "H100"}}`. They are part of
+    the measurement's identity. `label` is the method's own notation of the network, as a reader of the leaderboard knows it.
     """
 
     model: Model
     recipe: Recipe | None = None
     proxy: ArchSpec | None = None
+    settings: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict, hash=False)
     label: str = ""
 
     @property
@@ -72,7 +75,8 @@ class Candidate:
     def to_json(self) -> dict[str, Any]:
         recipe = {"recipe": self.recipe.to_json()} if self.recipe else {}
         proxy = {"proxy": self.proxy.to_json()} if self.proxy else {}
-        return {"label": self.label, "model": self.model.to_json(), **recipe, **proxy}
+        settings = {"settings": {name: dict(chosen) for name, chosen in self.settings.items()}} if self.settings else {}
+        return {"label": self.label, "model": self.model.to_json(), **recipe, **proxy, **settings}
 
 
 @dataclass(frozen=True, kw_only=True)

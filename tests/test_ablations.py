@@ -28,7 +28,7 @@ from search.registration import register
 from search.storage import open_storage
 from search.strategies.grid import Grid
 from search.studies.ablations import LEVELS, AblationOptions, cells
-from search.study import DESIGNS_ATTRIBUTE, RunSettings, SettingsError, Study, phase_settings, studies
+from search.study import DESIGNS_ATTRIBUTE, Need, RunSettings, SettingsError, Study, phase_settings, studies
 from space.registry import SpecError
 from space.search_space import Candidate
 
@@ -216,7 +216,7 @@ def test_the_classes_are_those_of_the_data(tmp_path: Path):
 def test_the_probe_needs_the_backbone_and_is_a_design_of_its_own():
     study = make(linear_probe=True, seeds=0, probe_seeds=4)
     assert [phase.name for phase in study.phases] == ["train", "backbone", "probe"]
-    assert study.phase("probe").needs == ("backbone",)
+    assert study.phase("probe").needs == (Need("backbone"),)
     assert set(study.designs) == {"probe"}
     assert primary(study, "probe") == {"pooling": "ggem - mean"}
     assert study.notes == ("--probe-seeds 4 is enough for intervals; the exact test can reject every contrast from --probe-seeds 9 on",)

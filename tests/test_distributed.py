@@ -23,6 +23,7 @@ from workers.evaluate import Job, evaluate
 from workers.evaluator import evaluators
 from workers.evaluator import Call
 from workers.pool import Finished, RayPool, Reported
+from workers.resources import Resources
 
 folder, lr, num_kills = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
 # Mixing differs from process to process; without it their gradients add up to those of one.
@@ -41,11 +42,11 @@ def job(processes):
         data="digits",
         data_fingerprint="digits",
         workdir=folder / str(processes),
-        processes=processes,
+        resources=Resources(processes=processes),
     )
 
-pool = RayPool(address="local", cpus=1, processes=2)
-assert pool.capacity() >= 1
+pool = RayPool(address="local")
+pool.check(Resources(processes=2))
 pool.submit(job(2))
 outcome, curves, killed = None, [], []
 while outcome is None:

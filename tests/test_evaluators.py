@@ -21,7 +21,7 @@ from space.timm_spec import TimmSpec
 from workers.checkpoints import save_model
 from workers.data import load_dataset
 from workers.evaluate import Job, evaluate
-from workers.evaluator import Call, Context, NoSettings, evaluators
+from workers.evaluator import Call, Context, EarlierTrial, NoSettings, evaluators
 from workers.evaluators import profile as profile_module
 from workers.evaluators.profile import ProfileSettings, profile
 
@@ -61,7 +61,13 @@ def run(trained, tmp_path):
     def run(each, number=0):
         workdir = shutil.copytree(trained, tmp_path / str(number))
         dataset = load_dataset("digits", img_size=SMALL.img_size) if each.needs_dataset else None
-        context = Context(seed=0, dataset=dataset, recipe=RECIPE, workdir=workdir, earlier={"backbone": trained})
+        context = Context(
+            seed=0,
+            dataset=dataset,
+            recipe=RECIPE,
+            workdir=workdir,
+            earlier={"backbone": (EarlierTrial(number=0, workdir=trained, key="backbone"),)},
+        )
         return each.function(SMALL, context, each.parse_settings(QUICK.get(each.name, {})))
 
     return run
@@ -84,7 +90,13 @@ def test_a_model_of_timm_is_measured_or_refused_with_the_reason(each, tmp_path):
     model = TimmSpec(name="test_convnext", img_size=32, num_classes=10)
     save_model(tmp_path / "model.pt", build_model(model, seed=0), model)
     dataset = load_dataset("digits", img_size=32) if each.needs_dataset else None
-    context = Context(seed=0, dataset=dataset, recipe=RECIPE, workdir=tmp_path, earlier={"backbone": tmp_path})
+    context = Context(
+        seed=0,
+        dataset=dataset,
+        recipe=RECIPE,
+        workdir=tmp_path,
+        earlier={"backbone": (EarlierTrial(number=0, workdir=tmp_path, key="backbone"),)},
+    )
     refusal = ""
     measured = {}
     try:

@@ -24,6 +24,7 @@ from space.search_space import Candidate
 from workers.evaluate import Job
 from workers.evaluator import Call
 from workers.pool import Finished, RayPool, Reported
+from workers.resources import Resources
 
 pytestmark = pytest.mark.slow
 
@@ -202,7 +203,7 @@ def cluster():
 
 @pytest.fixture
 def pool(cluster):
-    made = RayPool(address=cluster.address, cpus=1)
+    made = RayPool(address=cluster.address)
     yield made
     made.close()
 
@@ -248,9 +249,9 @@ def test_a_job_that_kills_every_worker_is_told_lost(pool: RayPool, tmp_path: Pat
 
 
 def test_a_job_past_its_time_limit_is_cancelled_and_its_slot_is_free_again(pool: RayPool, tmp_path: Path):
-    for number in range(pool.capacity()):
+    for number in range(pool.capacity(Resources())):
         pool.submit(job(tmp_path, "hang", number, time_limit_s=1.0))
-    found = outcomes(pool, pool.capacity())
+    found = outcomes(pool, pool.capacity(Resources()))
     assert {outcome.kind for outcome in found.values()} == {"timeout"}
     pool.submit(job(tmp_path, "work", 7))
     assert outcomes(pool, 1)[7].values == {"score": 8.0}
@@ -295,7 +296,7 @@ def test_curves_reach_the_driver_while_the_job_runs(pool: RayPool, tmp_path: Pat
 
 def test_jobs_of_a_node_that_leaves_are_done_on_another(cluster, pool: RayPool, tmp_path: Path):
     node = cluster.add_node(num_cpus=2)
-    wait_until(lambda: pool.capacity() == 4)
+    wait_until(lambda: pool.capacity(Resources()) == 4)
     for number in range(4):
         pool.submit(job(tmp_path, "work", number, work_s=10.0))
     wait_until(lambda: len(events(tmp_path / "log", "start")) == 4)
@@ -303,4 +304,4 @@ def test_jobs_of_a_node_that_leaves_are_done_on_another(cluster, pool: RayPool, 
     found = outcomes(pool, 4)
     assert {number: outcome.values["score"] for number, outcome in found.items()} == {n: n + 1.0 for n in range(4)}
     assert sum(events(tmp_path / "log", "start").values()) >= 5
-    wait_until(lambda: pool.capacity() == 2)
+    wait_until(lambda: pool.capacity(Resources()) == 2)

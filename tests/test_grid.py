@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
-from test_loop import make_phase, run, small_space, states
+from test_loop import make_phase, new_study, run, small_space, states
 
 from search.storage import open_storage
 from search.strategies.grid import Grid
+from search.strategy import enqueue
 from search.study import RESULT_ATTRIBUTE
 from workers.pool import Event, SerialPool
 
@@ -21,13 +23,9 @@ def points(*numbers: int) -> list[dict[str, int]]:
     return [{"num_classes": number} for number in numbers]
 
 
-def new_study() -> optuna.Study:
-    return optuna.create_study(directions=["maximize"], sampler=optuna.samplers.RandomSampler(seed=0))
-
-
-def run_grid(folder: Path, *numbers: int, study: optuna.Study | None = None, pool: SerialPool | None = None) -> optuna.Study:
+def run_grid(folder: Path, *numbers: int, study: optuna.Study | None = None, **arguments: Any) -> optuna.Study:
     phase = make_phase(strategy=None, num_trials=None, propose=lambda phases: Grid(points(*numbers)))
-    return run(phase, folder, study or new_study(), proposer=Grid(points(*numbers)), pool=pool)[0]
+    return run(phase, folder, study or new_study(), proposer=Grid(points(*numbers)), **arguments)[0]
 
 
 def measured(study: optuna.Study) -> list[int]:
@@ -51,7 +49,7 @@ def test_a_longer_list_extends_the_study_and_a_shorter_one_leaves_it(tmp_path: P
 def test_a_point_that_was_only_enqueued_or_half_asked_is_not_proposed_again(tmp_path: Path):
     study = new_study()
     for number in (1, 2):
-        study.enqueue_trial({"num_classes": number})
+        enqueue(study, {"num_classes": number})
     study.ask()
     assert Grid(points(1, 2, 3)).next_batch(study) == points(3)
     run_grid(tmp_path, 1, 2, 3, study=study)
@@ -77,25 +75,26 @@ def test_after_an_interruption_a_shorter_list_withdraws_what_had_not_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], storage: str
 ):
     monkeypatch.chdir(tmp_path)
-    study = optuna.create_study(storage=open_storage(storage), study_name="s/grid", directions=["maximize"])
+    opened = open_storage(storage)
+    study = optuna.create_study(storage=opened, study_name="s/grid", directions=["maximize"])
     with pytest.raises(KeyboardInterrupt):
-        run_grid(tmp_path, *range(1, 21), study=study, pool=InterruptedPool())
+        run_grid(tmp_path, *range(1, 21), study=study, pool=InterruptedPool(), storage=opened)
     assert states(study) == ["COMPLETE", "RUNNING", *["WAITING"] * 18]
     capsys.readouterr()
-    run_grid(tmp_path, 1, 5, study=study)
+    run_grid(tmp_path, 1, 5, study=study, storage=opened)
     assert measured(study) == [1, 2, 5]
     assert states(study).count("FAIL") == 17
     said = capsys.readouterr().out
     assert "s/grid: 17 waiting trials were withdrawn, which this command does not ask for" in said
     assert "3/3 done" in said
     assert "failed" not in said
-    run_grid(tmp_path, 1, 5, 7, study=study)
+    run_grid(tmp_path, 1, 5, 7, study=study, storage=opened)
     assert measured(study) == [1, 2, 5, 7]
     assert "withdrawn" not in capsys.readouterr().out
 
 
 def fail(study: optuna.Study, number: int, kind: str) -> None:
-    study.enqueue_trial({"num_classes": number})
+    enqueue(study, {"num_classes": number})
     trial = study.ask()
     small_space(9).suggest(trial)
     trial.set_user_attr(RESULT_ATTRIBUTE, {"failure": kind})

@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 
 from results.records import Metric
 from search.strategies.growth import Growth, Size, best_by_ranks, grown
+from search.strategy import enqueue
 from space.as_vit import TOPOLOGY_AXES, growth_space
 from space.component import Scalar
 from space.cost import cost
@@ -37,7 +38,7 @@ def new_growth(max_params: int = 12_000_000, **settings: Any) -> Growth:
 def measure(study: optuna.Study, batch: list[Mapping[str, Scalar]], scores: Scores) -> None:
     """Enqueue, ask and tell a batch; a point without scores fails."""
     for point in batch:
-        study.enqueue_trial(dict(point))
+        enqueue(study, point)
     for _ in batch:
         trial = study.ask()
         values = scores(SPACE.suggest(trial))
@@ -190,12 +191,12 @@ def test_points_enqueued_or_running_are_not_asked_for_twice():
     batch = growth.next_batch(study)
     assert batch is not None
     for point in batch[:4]:
-        study.enqueue_trial(dict(point))
+        enqueue(study, point)
     running = study.ask()
     running.suggest_categorical("K1", (4, 5, 6, 7, 8))
     assert growth.next_batch(study) == batch[4:]
     for point in batch[4:]:
-        study.enqueue_trial(dict(point))
+        enqueue(study, point)
     assert growth.next_batch(study) == []
     assert growth.ended == ""
 

@@ -15,7 +15,7 @@ from space.spec import ArchSpec, BlockSpec, Component, StageSpec
 from space.timm_spec import TimmSpec
 from workers.checkpoints import load_model, save_model
 from workers.data import load_dataset
-from workers.evaluator import Context, EvaluationError, evaluators
+from workers.evaluator import Context, EarlierTrial, EvaluationError, evaluators
 from workers.evaluators.linear_probe import LinearProbeSettings, cached_tokens, linear_probe
 from workers.evaluators.short_train import ShortTrainSettings, short_train
 from workers.inference import mean_nll, predict, top1_pct
@@ -71,7 +71,7 @@ def probe(dataset, backbone, tmp_path):
             seed=0,
             dataset=data or dataset,
             recipe=Recipe(epochs=1, seed=seed, exponent_lr_scale=exponent_lr_scale),
-            earlier={"backbone": backbone[0]},
+            earlier={"backbone": (EarlierTrial(number=0, workdir=backbone[0], key="backbone"),)},
             workdir=tmp_path / f"{pooling}-{seed}",
             report=lambda name, value, step: reported.setdefault(name, []).append((step, value)),
         )
@@ -207,8 +207,12 @@ def test_another_architecture_is_refused_with_the_difference_named(probe, datase
 
 
 def test_a_study_without_a_backbone_is_refused(dataset, tmp_path):
-    with pytest.raises(EvaluationError, match="an earlier phase 'backbone'"):
-        linear_probe(vit("gem"), Context(seed=0, dataset=dataset, recipe=Recipe(epochs=1), workdir=tmp_path), QUICK)
+    context = Context(seed=0, dataset=dataset, recipe=Recipe(epochs=1), workdir=tmp_path)
+    with pytest.raises(SpecError, match="unknown earlier phase 'backbone'"):
+        linear_probe(vit("gem"), context, QUICK)
+    untrained = {"backbone": (EarlierTrial(number=0, workdir=tmp_path, key="untrained"),)}
+    with pytest.raises(EvaluationError, match="phase 'backbone' left no trained network"):
+        linear_probe(vit("gem"), replace(context, earlier=untrained), QUICK)
 
 
 @pytest.mark.parametrize(

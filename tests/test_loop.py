@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import faulty
 import optuna
@@ -13,14 +15,22 @@ from optuna.trial import TrialState
 
 from results.records import Failure, Outcome
 from results.tracking import NullTracker, TrialRecord
-from search.loop import MAX_FAILURES_IN_A_ROW, Measuring, PhaseLoop, PhaseStopped, best_trial
+from search.loop import MAX_FAILURES_IN_A_ROW, Measuring, PhaseLoop, PhaseStopped, needed_trials
 from search.progress import Progress, Status
-from search.study import Budget, Phase
+from search.strategies.grid import Grid
+from search.study import Budget, Phase, RunSettings
 from space.recipe import Recipe
+from space.registry import SpecError
 from space.search_space import Axis, Candidate, SearchSpace
-from workers.evaluate import EarlierTrial, Job
-from workers.evaluator import Call, evaluators
+from workers.evaluate import Job
+from workers.evaluator import Call, EarlierTrial, evaluators
+from workers.evaluators.profile import ProfileSettings
+from workers.evaluators.short_train import ShortTrainSettings
 from workers.pool import Event, Finished, SerialPool
+from workers.resources import Resources
+
+STORAGE = optuna.storages.InMemoryStorage()
+"""Of all studies here, each under a name of its own."""
 
 
 class ListTracker(NullTracker):
@@ -55,22 +65,13 @@ def make_phase(settings: faulty.FaultySettings | None = None, **changes) -> Phas
     return Phase(**{**fields, **changes})
 
 
-def run(
-    phase: Phase, folder: Path, study: optuna.Study | None = None, proposer=None, pool: SerialPool | None = None
-) -> tuple[optuna.Study, ListTracker]:
-    study = study or optuna.create_study(directions=["maximize"], sampler=optuna.samplers.RandomSampler(seed=0))
-    tracker = ListTracker()
-    PhaseLoop(
-        study_name="s",
-        phase=phase,
-        study=study,
-        measuring=Measuring(seed=0, data="digits", data_fingerprint="digits", workdir=lambda number: folder / str(number)),
-        pool=pool or SerialPool(),
-        tracker=tracker,
-        progress=Progress(),
-        hold=NoHold(),
-        proposer=proposer,
-    ).run()
+def new_study() -> optuna.Study:
+    return optuna.create_study(directions=["maximize"], sampler=optuna.samplers.RandomSampler(seed=0), storage=STORAGE)
+
+
+def run(phase: Phase, folder: Path, study: optuna.Study | None = None, **arguments: Any) -> tuple[optuna.Study, ListTracker]:
+    study, tracker = study or new_study(), ListTracker()
+    make_loop(phase, folder, study, tracker, **arguments).run()
     return study, tracker
 
 
@@ -155,7 +156,7 @@ def test_a_phase_whose_proposals_are_always_rejected_stops_and_says_why(tmp_path
 
 
 def test_a_running_trial_is_adopted_under_its_number_with_the_parameters_it_had(tmp_path: Path):
-    study = optuna.create_study(directions=["maximize"], sampler=optuna.samplers.RandomSampler(seed=0))
+    study = new_study()
     suggested = study.ask().suggest_int("num_classes", 1, 100_000)
     study.ask()
     run(make_phase(num_trials=3), tmp_path, study)
@@ -177,7 +178,7 @@ class FlakyPool(SerialPool):
         super().__init__()
         self._asked = 0
 
-    def capacity(self) -> int:
+    def capacity(self, resources: Resources) -> int:
         self._asked += 1
         return 0 if self._asked % 3 == 1 else 1
 
@@ -195,7 +196,7 @@ class LosingPool(SerialPool):
         super().__init__()
         self.submitted: list[int] = []
 
-    def capacity(self) -> int:
+    def capacity(self, resources: Resources) -> int:
         return 3
 
     def submit(self, job: Job) -> None:
@@ -284,7 +285,7 @@ class FullTracker(ListTracker):
 
 def make_loop(phase: Phase, folder: Path, study: optuna.Study, tracker: NullTracker, **changes) -> PhaseLoop:
     measuring = Measuring(seed=0, data="digits", data_fingerprint="digits", workdir=lambda number: folder / str(number))
-    arguments = {"pool": SerialPool(), "progress": Progress(), "hold": NoHold(), **changes}
+    arguments = {"storage": STORAGE, "pool": SerialPool(), "progress": Progress(), "hold": NoHold(), **changes}
     return PhaseLoop(study_name="s", phase=phase, study=study, measuring=measuring, tracker=tracker, **arguments)
 
 
@@ -297,7 +298,7 @@ def test_the_share_that_is_done_is_shown_and_is_no_curve(tmp_path: Path, monkeyp
 
     monkeypatch.setitem(evaluators._parts, ("faulty",), dataclasses.replace(Call("faulty").evaluator, function=report_progress))
     tracker = FullTracker()
-    study = optuna.create_study(directions=["maximize"])
+    study = new_study()
 
     class SlowPool(SerialPool):
         """Hands out one event at a time."""
@@ -319,7 +320,7 @@ def test_the_share_that_is_done_is_shown_and_is_no_curve(tmp_path: Path, monkeyp
 def test_files_are_recorded_once_and_repeats_name_the_trial_that_left_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(evaluators._parts, ("faulty",), dataclasses.replace(Call("faulty").evaluator, function=report_progress))
     tracker = FullTracker()
-    study = optuna.create_study(directions=["maximize"])
+    study = new_study()
     phase = make_phase(space=small_space(1), num_trials=3)
     make_loop(phase, tmp_path, study, tracker).run()
     more = FullTracker()
@@ -346,14 +347,28 @@ def test_the_best_trial_of_an_earlier_phase_is_the_one_with_files_or_the_phase_s
     phase = make_phase(num_trials=4, space=small_space(2))
     empty = optuna.create_study(study_name="s/empty", directions=["maximize"])
     with pytest.raises(PhaseStopped, match="s/empty has no complete trial"):
-        best_trial(phase, empty, lambda number: tmp_path / str(number))
+        needed_trials(phase, empty, lambda number: tmp_path / str(number), "best")
     study, tracker = run(phase, tmp_path)
-    best = best_trial(phase, study, lambda number: tmp_path / str(number))
+    (best,) = needed_trials(phase, study, lambda number: tmp_path / str(number), "best")
     first = next(record.number for record, _ in tracker.recorded if record.params["num_classes"] == 2)
     assert best.workdir == tmp_path / str(first)
+    assert best.values == {"score": 2.0}
     (best.workdir / "outcome.json").unlink()
     with pytest.raises(PhaseStopped, match="are gone"):
-        best_trial(phase, study, lambda number: tmp_path / str(number))
+        needed_trials(phase, study, lambda number: tmp_path / str(number), "best")
+
+
+def test_all_trials_of_an_earlier_phase_are_given_best_first_and_each_measurement_once(tmp_path: Path):
+    phase = make_phase(num_trials=30, space=small_space(3))
+    study, _ = run(phase, tmp_path)
+    found = needed_trials(phase, study, lambda number: tmp_path / str(number), "all")
+    assert [trial.values["score"] for trial in found] == [3.0, 2.0, 1.0]
+    assert len({trial.key for trial in found}) == 3
+    assert all(study.trials[trial.number].params["num_classes"] == trial.values["score"] for trial in found)
+
+
+def backbones(*keys: str, folder: str = "backbone") -> dict[str, tuple[EarlierTrial, ...]]:
+    return {"backbone": tuple(EarlierTrial(number=number, workdir=Path(folder), key=key) for number, key in enumerate(keys))}
 
 
 def test_what_was_measured_on_another_backbone_is_not_reused(tmp_path: Path):
@@ -362,8 +377,136 @@ def test_what_was_measured_on_another_backbone_is_not_reused(tmp_path: Path):
     candidate = Candidate(model=faulty.classifier(3))
     keys = {
         dataclasses.replace(measuring, earlier=earlier).job(0, candidate, phase).key
-        for earlier in ({}, {"backbone": EarlierTrial(tmp_path, "one")}, {"backbone": EarlierTrial(tmp_path, "other")})
+        for earlier in ({}, backbones("one"), backbones("other"), backbones("one", "other"))
     }
-    assert len(keys) == 3
-    moved = dataclasses.replace(measuring, earlier={"backbone": EarlierTrial(tmp_path / "moved", "one")})
+    assert len(keys) == 4
+    moved = dataclasses.replace(measuring, earlier=backbones("one", folder="moved"))
     assert moved.job(0, candidate, phase).key in keys
+
+
+def stopping_space(*stops: int) -> SearchSpace:
+    """One network, and the point at which its pretended training stops; 0 is the end."""
+    return SearchSpace(
+        name="faulty/stops",
+        axes=(Axis(name="stop", choices=stops),),
+        decode=lambda params: Candidate(model=faulty.classifier(3), settings={"faulty": {"every": params["stop"]}}),
+    )
+
+
+def test_settings_of_a_trial_are_part_of_its_identity_its_json_and_what_the_evaluator_is_given(tmp_path: Path):
+    space = dataclasses.replace(
+        stopping_space(5, 7),
+        decode=lambda params: Candidate(model=faulty.classifier(3), settings={"faulty": {"work_s": params["stop"] / 1e3}}),
+    )
+    _, tracker = run(make_phase(space=space, num_trials=8), tmp_path)
+    first = {record.params["stop"]: record.number for record, _ in reversed(tracker.recorded) if record.reused_from is None}
+    assert first.keys() == {5, 7}
+    assert all(record.reused_from in (None, first[record.params["stop"]]) for record, _ in tracker.recorded)
+    stored = [json.loads((tmp_path / str(number) / "outcome.json").read_text()) for number in first.values()]
+    assert stored[0]["key"] != stored[1]["key"]
+    assert {each["candidate"]["settings"]["faulty"]["work_s"] for each in stored} == {0.005, 0.007}
+    # A run-level setting of the same value is the same measurement.
+    measuring = Measuring(seed=0, data="digits", data_fingerprint="digits", workdir=lambda number: tmp_path)
+    whole = make_phase(faulty.FaultySettings(work_s=0.005))
+    assert measuring.job(0, Candidate(model=faulty.classifier(3)), whole).key in {each["key"] for each in stored}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"faultyy": {"every": 2}}, "unknown evaluator 'faultyy'"),
+        ({"faulty": {"evry": 2}}, "unknown setting 'evry'"),
+        ({"faulty": {"every": "two"}}, "every is 'two'; int is expected"),
+        ({"faulty": {"behaviour": "sleep"}}, "behaviour is 'sleep'; one of work, raise"),
+        ({"resources": {"cpu": 2}}, "unknown field 'cpu'"),
+        ({"resources": {"gpus": -1}}, "gpus is -1; allowed: numbers from 0"),
+    ],
+)
+def test_settings_of_a_trial_that_do_not_exist_fail_it_with_the_reason(tmp_path: Path, settings: dict[str, dict[str, Any]], words: str):
+    space = dataclasses.replace(stopping_space(1), decode=lambda params: Candidate(model=faulty.classifier(3), settings=settings))
+    with pytest.raises(PhaseStopped, match=words):
+        run(make_phase(space=space), tmp_path)
+
+
+def test_a_trial_that_asks_for_what_no_node_has_is_told_unavailable_and_not_waited_for(tmp_path: Path):
+    class CpuPool(SerialPool):
+        def capacity(self, resources: Resources) -> int:
+            return 0 if resources.accelerator_type else 1
+
+    space = dataclasses.replace(
+        stopping_space(0, 1),
+        decode=lambda params: Candidate(
+            model=faulty.classifier(3), settings={"resources": {"gpus": 1, "accelerator_type": "H100"}} if params["stop"] else {}
+        ),
+    )
+    study, tracker = run(make_phase(space=space, num_trials=3), tmp_path, pool=CpuPool())
+    unavailable = [outcome for record, outcome in tracker.recorded if record.params["stop"]]
+    assert unavailable
+    assert all(isinstance(outcome, Failure) and outcome.kind == "unavailable" for outcome in unavailable)
+    assert "an accelerator H100, which no node of the cluster has" in unavailable[0].message
+    assert states(study).count("COMPLETE") == 3
+
+
+def test_a_trial_goes_on_from_the_furthest_one_of_the_same_training_also_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given: dict[int, str | None] = {}
+
+    def pretend_to_train(model, context, settings):
+        given[settings.every] = context.continues and context.continues.name
+        return {"score": 1.0}
+
+    stopping = dataclasses.replace(Call("faulty").evaluator, function=pretend_to_train, continued_by="every")
+    monkeypatch.setitem(evaluators._parts, ("faulty",), stopping)
+    study = new_study()
+
+    def train_to(*stops: int) -> None:
+        space = stopping_space(2, 5, 9, 0)
+        grid = Grid([{"stop": stop} for stop in stops])
+        run(make_phase(space=space, strategy=None, num_trials=None, propose=lambda phases: grid), tmp_path, study, proposer=grid)
+
+    train_to(5)
+    train_to(5, 2, 9)
+    train_to(5, 2, 9, 0)
+    assert given == {5: None, 2: None, 9: "0", 0: "2"}
+
+
+def test_two_evaluators_of_a_phase_cannot_give_one_name_to_two_values():
+    twice = (Call("profile", ProfileSettings(batch_size=1)), Call("profile", ProfileSettings(batch_size=8)))
+    with pytest.raises(SpecError, match="latency_ms.* would be measured twice") as refused:
+        make_phase(evaluators=twice, objectives=("latency_ms",))
+    assert "'batch_size': 8" in str(refused.value)
+    with pytest.raises(SpecError, match="phase 'search': val_top1_pct, test_top1_pct, test_nll would be measured twice"):
+        make_phase(evaluators=(Call("short_train"), Call("linear_probe")), objectives=("val_top1_pct",))
+
+
+def test_two_evaluators_may_state_the_same_quantity():
+    phase = make_phase(evaluators=(Call("cost"), Call("profile", ProfileSettings())), objectives=("latency_ms", "params_m"))
+    assert phase.metrics["params_m"].goal == "minimize"
+
+
+def test_resources_are_a_phases_own(tmp_path: Path):
+    run_settings = RunSettings(study="s", runs=tmp_path, gpus=1.0, processes=4)
+    free, scored, trained = (make_phase(evaluators=(Call(name),), objectives=(metric,)) for name, metric in RESOURCE_CASES.items())
+    assert free.trial_resources(run_settings) == Resources(memory_mb=0)
+    assert scored.trial_resources(run_settings).processes == 1
+    assert scored.trial_resources(run_settings).gpus == 1.0
+    assert trained.trial_resources(run_settings).processes == 4
+    assert make_phase(resources=Resources(cpus=2)).trial_resources(run_settings) == Resources(cpus=2)
+
+
+RESOURCE_CASES = {"cost": "params_m", "robustness": "permutation_auc_pct", "short_train": "val_top1_pct"}
+
+
+def test_the_key_of_a_recipe_with_a_moving_average_changed_with_its_meaning_and_no_other(tmp_path: Path):
+    measuring = Measuring(seed=0, data="digits", data_fingerprint="digits", workdir=lambda number: tmp_path)
+    trained = make_phase(evaluators=(Call("short_train", ShortTrainSettings()),), objectives=("val_top1_pct",))
+
+    def key(**changes: Any) -> str:
+        return measuring.job(0, Candidate(model=faulty.classifier(3), recipe=Recipe(epochs=3, **changes)), trained).key
+
+    assert key() == KEY_BEFORE
+    assert key(ema_decay=0.9) != KEY_BEFORE_WITH_AVERAGE
+
+
+KEY_BEFORE = "7568ea54d8ed43e4"
+KEY_BEFORE_WITH_AVERAGE = "08a2a38700a1c793"
+"""Of the same jobs when a moving average had no warm-up, at commit 3afb312."""

@@ -19,6 +19,7 @@ from workers.data import DataSet
 from workers.evaluate import Job
 from workers.evaluator import Call, Context, evaluator
 from workers.pool import Finished, PoolError, RayPool
+from workers.resources import Resources
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +62,7 @@ def job(trial: int, workdir: Path, *, data: str = "digits", num_together: int = 
 
 @pytest.fixture
 def pool() -> Iterator[RayPool]:
-    made = RayPool(address="local", cpus=1)
+    made = RayPool(address="local")
     yield made
     made.close()
 
@@ -88,7 +89,7 @@ def counting_load(marks: str):
 def test_all_workers_read_one_data_set_that_was_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     marks = tmp_path / "marks"
     monkeypatch.setattr(pool_module, "_load_dataset", counting_load(str(marks)))
-    pool = RayPool(address="local", cpus=1)
+    pool = RayPool(address="local")
     try:
         for trial in range(2):
             pool.submit(job(trial, tmp_path / "work", num_together=2))
@@ -115,23 +116,15 @@ def test_a_set_that_cannot_be_used_stops_everything_with_its_own_message(tmp_pat
         outcomes(pool, 1)
 
 
-def test_several_processes_of_a_trial_take_their_cores_themselves():
-    pool = RayPool(address="local", cpus=1)
-    num_cores = pool.capacity()
-    pool.close()
-    shared = RayPool(address="local", cpus=1, processes=num_cores)
-    try:
-        import ray
-
-        assert shared.capacity() == 1
-        shared.submit(dataclasses.replace(faulty_job(), processes=num_cores))
-        (outcome,) = outcomes(shared, 1)
-        assert not isinstance(outcome, Failure), outcome
-        assert ray.available_resources()["CPU"] == num_cores
-    finally:
-        shared.close()
+def test_several_processes_of_a_trial_take_their_cores_themselves(pool: RayPool):
+    num_cores = pool.capacity(Resources())
+    together = Resources(processes=num_cores)
+    assert pool.capacity(together) == 1
+    pool.submit(dataclasses.replace(faulty_job(), resources=together))
+    (outcome,) = outcomes(pool, 1)
+    assert not isinstance(outcome, Failure), outcome
     with pytest.raises(PoolError, match=f"the cluster lacks {num_cores + 1} times the 1 CPU"):
-        RayPool(address="local", cpus=1, processes=num_cores + 1)
+        pool.check(Resources(processes=num_cores + 1))
 
 
 def faulty_job() -> Job:

@@ -17,6 +17,7 @@ from typing import Any
 
 from results.records import write_json_atomically
 from workers.evaluator import Context, EvaluationError, failure_kind
+from workers.resources import Resources
 
 MAX_LOSSES = 3
 RESULT = "distributed.json"
@@ -41,11 +42,55 @@ def on_devices(function: Callable[[Process], Mapping[str, Any]], context: Contex
     """
     if context.processes == 1:
         return function(Process(device=context.device))
-    return in_processes(function, num_processes=context.processes, device=context.device, workdir=context.workdir)
+    return in_processes(function, context.resources, context.workdir)
 
 
-def in_processes(function: Callable[[Process], Mapping[str, Any]], *, num_processes: int, device: str, workdir: Path) -> dict[str, Any]:
-    """What `function` returns, a JSON object, in the first of `num_processes` processes that run it together.
+def in_one_task(function: Callable[[], dict[str, Any]], resources: Resources) -> dict[str, Any]:
+    """Run `function` in a task of its own that takes `resources`, and return what it returns.
+
+    Call it from a task of the cluster that holds no CPU and no GPU. When the process or its node dies the task begins again, at most
+    three times. Raises EvaluationError with the reason if it fails.
+    """
+    import ray
+    import torch
+    from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+
+    task: Any = ray.remote(max_retries=0)(_run_in_task).options(**task_options(resources))
+    for num_losses in itertools.count():
+        try:
+            return ray.get(task.remote(function, torch.get_num_threads()))
+        except OutOfMemoryError as error:
+            raise EvaluationError("out_of_memory", str(error)) from error
+        except RayTaskError as error:
+            raise EvaluationError(failure_kind(error.cause), f"{type(error.cause).__name__}: {error.cause}") from error
+        except RayError as error:
+            if num_losses == MAX_LOSSES:
+                raise EvaluationError("lost", f"its worker or node died {num_losses + 1} times; last: {type(error).__name__}") from error
+    raise AssertionError("unreachable")
+
+
+def task_options(resources: Resources) -> dict[str, Any]:
+    """The resources of one process as options of a Ray task; `memory` is scheduled, not enforced."""
+    memory = {"memory": resources.memory_mb * 2**20} if resources.memory_mb else {}
+    accelerator = {"accelerator_type": resources.accelerator_type} if resources.accelerator_type else {}
+    return {"num_cpus": resources.cpus, "num_gpus": resources.gpus, **memory, **accelerator}
+
+
+def _run_in_task(function: Callable[[], dict[str, Any]], num_threads: int) -> dict[str, Any]:
+    set_num_threads(num_threads)
+    return function()
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Set the CPU threads of this process: a reused worker keeps the setting of its last job, and it decides the last bits of a sum."""
+    import torch
+
+    torch.set_num_threads(num_threads)
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+
+
+def in_processes(function: Callable[[Process], Mapping[str, Any]], resources: Resources, workdir: Path) -> dict[str, Any]:
+    """What `function` returns, a JSON object, in the first of `resources.processes` processes that run it together.
 
     Call it from a task of the cluster; `workdir` must be a folder that all nodes share. When a process dies all begin again, at most
     three times, so `function` should go on from a checkpoint. Raises EvaluationError with the reason if it fails in any of them.
@@ -59,13 +104,20 @@ def in_processes(function: Callable[[Process], Mapping[str, Any]], *, num_proces
     workdir = workdir.absolute()
     ray_files = workdir / "ray_train"
     (workdir / RESULT).unlink(missing_ok=True)
-    needs = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
-    work = _Work(ray.put(function), workdir / RESULT, device, torch.get_num_threads())
+    uses_gpu = resources.device == "cuda"
+    # One GPU each also where a part of one is asked for: processes that share a GPU cannot exchange gradients through NCCL.
+    needs = {"CPU": 1.0, "GPU": 1.0} if uses_gpu else {"CPU": 1.0}
+    work = _Work(ray.put(function), workdir / RESULT, resources.device, torch.get_num_threads())
     for num_losses in itertools.count():
         trainer = TorchTrainer(
             _run_as_one_of_many,
             train_loop_config={"work": work},
-            scaling_config=ScalingConfig(num_workers=num_processes, use_gpu=device == "cuda", resources_per_worker=needs),
+            scaling_config=ScalingConfig(
+                num_workers=resources.processes,
+                use_gpu=uses_gpu,
+                resources_per_worker=needs,
+                accelerator_type=resources.accelerator_type or None,
+            ),
             run_config=RunConfig(storage_path=str(ray_files)),
         )
         # Not Ray Train's own retries: it would repeat an error that comes again every time.
@@ -95,13 +147,11 @@ class _Work:
 
 def _run_as_one_of_many(config: dict[str, Any]) -> None:
     import ray
-    import torch
     from ray.train import get_context
 
     work: _Work = config["work"]
     process = Process(device=work.device, rank=get_context().get_world_rank(), world_size=get_context().get_world_size())
-    torch.set_num_threads(work.num_threads)
-    os.environ["OMP_NUM_THREADS"] = str(work.num_threads)
+    set_num_threads(work.num_threads)
     try:
         function: Any = ray.get(work.function)
         returned = function(process)

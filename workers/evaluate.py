@@ -6,7 +6,6 @@ Needs neither Ray nor Optuna nor MLflow, so it runs as it is on a bare GPU machi
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
 import traceback
@@ -22,27 +21,21 @@ from space.model import Model
 from space.search_space import Candidate
 from space.spec import digest_of
 from workers.data import DataSet, load_dataset
-from workers.distributed import Process, in_processes
-from workers.evaluator import Call, Context, EvaluationError, Report, failure_kind, report_nothing
+from workers.distributed import in_one_task, set_num_threads
+from workers.evaluator import Call, Context, EarlierTrial, EvaluationError, Report, failure_kind, report_nothing
+from workers.resources import Resources
 
 POISONED_DEVICE = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
 """Words of the CUDA errors after which a process can no longer use its device."""
-
-
-@dataclass(frozen=True)
-class EarlierTrial:
-    """The best trial of an earlier phase: where its files lie, and the key of its measurement."""
-
-    workdir: Path
-    key: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What a worker is sent: a candidate, how it is measured, and where its files go.
 
-    `data_fingerprint` stands for the contents behind `data` in the measurement's identity. `gpus` are those of each of the
-    `processes`. `time_limit_s` is enforced by the pool, which can end a worker that hangs in native code.
+    `data_fingerprint` stands for the contents behind `data` in the measurement's identity. `earlier` holds trials of earlier phases,
+    best first. `continues` is the work directory of an earlier trial of the same training, which this one may go on from; it saves
+    time and changes no number. `time_limit_s` is enforced by the pool, which can end a worker that hangs in native code.
     """
 
     trial: int
@@ -52,10 +45,10 @@ class Job:
     data: str
     data_fingerprint: str
     workdir: Path
-    earlier: Mapping[str, EarlierTrial] = field(default_factory=dict)
+    earlier: Mapping[str, tuple[EarlierTrial, ...]] = field(default_factory=dict)
+    continues: Path | None = None
     num_threads: int = 1
-    gpus: float = 0.0
-    processes: int = 1
+    resources: Resources = field(default_factory=Resources)
     time_limit_s: float | None = None
 
     @property
@@ -67,14 +60,42 @@ class Job:
         """The identity of the measurement: equal keys would give equal values."""
         subjects = [(call.evaluator.name, call.digest, subject_of(call, self.candidate).digest) for call in self.calls]
         data = self.data_fingerprint if any(call.evaluator.uses_data for call in self.calls) else ""
-        identity = [self.candidate.model.digest, subjects, data, self.seed, self.num_threads, self.gpus > 0]
-        if self.candidate.recipe is not None:
-            identity.append(self.candidate.recipe.digest)
-        if self.processes > 1:
-            identity.append({"processes": self.processes})
+        identity: list[Any] = [self.candidate.model.digest, subjects, data, self.seed, self.num_threads, self.resources.gpus > 0]
+        if (recipe := self.candidate.recipe) is not None:
+            identity.append(recipe.digest)
+            if recipe.ema_decay:
+                # Moving averages without a warm-up were measured under the shorter key.
+                identity.append({"ema": "warm-up"})
+        if self.resources.processes > 1:
+            identity.append({"processes": self.resources.processes})
+        if self.resources.accelerator_type:
+            identity.append({"accelerator_type": self.resources.accelerator_type})
         if self.earlier:
-            identity.append({phase: trial.key for phase, trial in sorted(self.earlier.items())})
+            identity.append({phase: _key_of_all(trials) for phase, trials in sorted(self.earlier.items())})
         return digest_of(identity)
+
+    @cached_property
+    def stop(self) -> Stop | None:
+        """Where in its training this job stops; None if none of its evaluators can stop and be continued."""
+        for index, call in enumerate(self.calls):
+            if name := call.evaluator.continued_by:
+                at = getattr(call.settings, name)
+                whole = call.changed({name: type(at)()})
+                same = replace(self, calls=(*self.calls[:index], whole, *self.calls[index + 1 :]))
+                return Stop(training=same.key, at=at or math.inf)
+        return None
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A training, by the key it would have if it went to its end, and the point at which a trial of it stops; infinite: its end."""
+
+    training: str
+    at: float
+
+
+def _key_of_all(trials: tuple[EarlierTrial, ...]) -> Any:
+    return trials[0].key if len(trials) == 1 else [trial.key for trial in trials]
 
 
 def subject_of(call: Call, candidate: Candidate):
@@ -94,14 +115,14 @@ def evaluate(job: Job, report: Report = report_nothing, dataset: DataSet | None 
     `dataset` is the job's, where the caller has it already; else it is loaded if an evaluator needs it.
     """
     started = time.perf_counter()
-    device = "cuda" if job.gpus > 0 else "cpu"
+    device = job.resources.device
     warnings: list[str] = []
     values: dict[str, float] = {}
     try:
         for call in job.calls:
             call.evaluator.check(subject_of(call, job.candidate), job.candidate.recipe, call.settings)
         if not all(call.evaluator.is_free for call in job.calls):
-            _set_num_threads(job.num_threads)
+            set_num_threads(job.num_threads)
         if dataset is None and job.needs_dataset:
             dataset = load_dataset(job.data, img_size=job.candidate.model.img_size)
         context = Context(
@@ -109,16 +130,17 @@ def evaluate(job: Job, report: Report = report_nothing, dataset: DataSet | None 
             data=job.data,
             dataset=dataset,
             recipe=job.candidate.recipe,
-            earlier={phase: trial.workdir for phase, trial in job.earlier.items()},
+            earlier=job.earlier,
+            continues=job.continues,
             device=device,
-            processes=job.processes,
+            resources=job.resources,
             workdir=job.workdir,
             report=report,
             warn=warnings.append,
         )
         for call in job.calls:
             measured = _measure(call, subject_of(call, job.candidate), context)
-            _check(call, measured)
+            _check(call, measured, values)
             values |= {name: float(value) for name, value in measured.items()}
     except Exception as error:
         return Failure(
@@ -130,7 +152,7 @@ def evaluate(job: Job, report: Report = report_nothing, dataset: DataSet | None 
     return Measurement(
         values=values,
         elapsed_s=time.perf_counter() - started,
-        device=device_name(device) if job.processes == 1 else f"{job.processes} x {device}",
+        device=device_name(device) if job.resources.processes == 1 else f"{job.resources.processes} x {device}",
         versions=software_versions(),
         seed=job.seed,
         num_threads=job.num_threads,
@@ -141,17 +163,17 @@ def evaluate(job: Job, report: Report = report_nothing, dataset: DataSet | None 
 def _measure(call: Call, model: Model, context: Context) -> Mapping[str, float]:
     if context.processes == 1 or call.evaluator.is_free or call.evaluator.uses_processes:
         return call.evaluator.function(model, context, call.settings)
-    # This process only coordinates: it has no device, and another one must be given it.
-    sent = replace(context, processes=1, warn=Context.warn)
-    done = in_processes(partial(_measure_alone, call, model, sent), num_processes=1, device=context.device, workdir=context.workdir)
+    # This process only coordinates: it has no core and no device of its own.
+    alone = replace(context.resources, processes=1)
+    done = in_one_task(partial(_measure_alone, call, model, replace(context, resources=alone, warn=Context.warn)), alone)
     for warning in done["warnings"]:
         context.warn(warning)
     return done["measured"]
 
 
-def _measure_alone(call: Call, model: Model, context: Context, process: Process) -> dict[str, Any]:
+def _measure_alone(call: Call, model: Model, context: Context) -> dict[str, Any]:
     warnings: list[str] = []
-    measured = call.evaluator.function(model, replace(context, device=process.device, warn=warnings.append), call.settings)
+    measured = call.evaluator.function(model, replace(context, warn=warnings.append), call.settings)
     return {"measured": dict(measured), "warnings": warnings}
 
 
@@ -180,18 +202,12 @@ def software_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "timm")}}
 
 
-def _set_num_threads(num_threads: int) -> None:
-    # A reused worker keeps the setting of its last job, and the number of threads decides the last bits of a sum.
-    import torch
-
-    torch.set_num_threads(num_threads)
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)
-
-
-def _check(call: Call, measured: Mapping[str, float]) -> None:
+def _check(call: Call, measured: Mapping[str, float], before: Mapping[str, float]) -> None:
     missing = {metric.name for metric in call.evaluator.metrics} - measured.keys()
     if missing:
         raise EvaluationError("error", f"evaluator {call.name!r} did not measure {', '.join(sorted(missing))}")
     for name, value in measured.items():
         if not math.isfinite(value):
             raise EvaluationError("non_finite", f"{name} is {value}")
+        if before.get(name, value) != value:
+            raise EvaluationError("error", f"evaluator {call.name!r} measured {name} {value}, and one before it {before[name]}")

@@ -22,6 +22,7 @@ from space.model import Model
 from space.recipe import Recipe
 from space.registry import Registry, SpecError, unknown_name
 from space.spec import digest_of
+from workers.resources import Resources
 
 if TYPE_CHECKING:
     from workers.data import DataSet
@@ -64,25 +65,47 @@ def report_nothing(name: str, value: float, step: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlierTrial:
+    """A complete trial of an earlier phase: its number there, its files, the key of its measurement, and what was measured."""
+
+    number: int
+    workdir: Path
+    key: str
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """What an evaluator may use beside the model.
 
     `data` names the images; `dataset` holds all of them for an evaluator that declares `needs_dataset`. `workdir` outlives a lost
-    worker; what an evaluator leaves in its folder `artifacts` goes to MLflow with the trial. `earlier` gives the
-    work directory of the best trial of each earlier phase that the phase needs. With `processes` above 1 the evaluator coordinates
-    so many, each on a `device` of its own, and computes nothing on this process's.
+    worker; what an evaluator leaves in its folder `artifacts` goes to MLflow with the trial. `earlier` holds the trials of earlier
+    phases that the phase needs, best first; `continues` is the work directory of an earlier trial of the same training, to go on
+    from. With `processes` above 1 the evaluator coordinates so many, each on a `device` of its
+    own, and computes nothing on this process's.
     """
 
     seed: int
     data: str = "digits"
     dataset: DataSet | None = None
     recipe: Recipe | None = None
-    earlier: Mapping[str, Path] = field(default_factory=dict)
+    earlier: Mapping[str, tuple[EarlierTrial, ...]] = field(default_factory=dict)
+    continues: Path | None = None
     device: str = "cpu"
-    processes: int = 1
+    resources: Resources = field(default_factory=Resources)
     workdir: Path = Path(".")
     report: Report = report_nothing
     warn: Callable[[str], None] = lambda message: None
+
+    @property
+    def processes(self) -> int:
+        return self.resources.processes
+
+    def best(self, phase: str) -> EarlierTrial:
+        """The best trial of an earlier phase; raises SpecError if the phase of this trial does not need that one."""
+        if phase not in self.earlier:
+            raise unknown_name("earlier phase", phase, self.earlier, "what this phase needs")
+        return self.earlier[phase][0]
 
 
 @dataclass(frozen=True)
@@ -101,7 +124,9 @@ class Evaluator:
     network of a candidate it looks at: the real one that is reported, or the proxy that is scored in its place. `needs_dataset`
     asks for the whole labelled set, which workers share, where `uses_data` alone means a sample it loads by itself. One that
     `uses_processes` spreads its work over those of the trial (`workers.distributed.on_devices`); any other is run by one of them.
-    `check(model, recipe, settings)` raises SpecError for what it could never measure, and is called before anything is measured.
+    Two trials that differ in nothing but the setting named by `continued_by` are one training, stopped at different points: the later
+    may go on from the files of the earlier. `check(model, recipe, settings)` raises SpecError for what it could never measure, and is
+    called before anything is measured.
     """
 
     name: str
@@ -115,6 +140,7 @@ class Evaluator:
     needs_dataset: bool = False
     uses_processes: bool = False
     is_deterministic: bool = True
+    continued_by: str = ""
     cpus: float = 1.0
     gpus: float = 0.0
     memory_mb: int = 1000
@@ -158,13 +184,51 @@ class Call:
         return evaluators.get(self.name)
 
     def to_json(self) -> dict[str, Any]:
-        """Without the settings that change no number, `field(metadata={"changes_numbers": False})`."""
-        fields = [each for each in dataclasses.fields(self.settings) if each.metadata.get("changes_numbers", True)]
-        return {"name": self.name, "settings": {each.name: getattr(self.settings, each.name) for each in fields}}
+        """Without the settings that change no number, `field(metadata={"changes_numbers": False})`.
+
+        A setting that came after the first measurements, `field(metadata={"added_later": True})`, stands there only if it differs
+        from its default: what was measured before keeps its key.
+        """
+        values = {
+            each.name: getattr(self.settings, each.name) for each in dataclasses.fields(self.settings) if _is_told(each, self.settings)
+        }
+        return {"name": self.name, "settings": values}
 
     @property
     def digest(self) -> str:
         return digest_of(self.to_json())
+
+    def changed(self, settings: Mapping[str, Any]) -> Call:
+        """The same call with some settings of a trial's own; raises SpecError for one that does not exist or is not allowed."""
+        if not settings:
+            return self
+        where, hints = f"settings of evaluator {self.name!r}", get_type_hints(type(self.settings))
+        for name, value in settings.items():
+            if name not in hints:
+                raise unknown_name("setting", name, hints, where)
+            if not _is_of_type(value, hints[name]):
+                raise SpecError(f"{where}: {name} is {value!r}; {_type_name(hints[name])} is expected")
+        try:
+            return Call(self.name, dataclasses.replace(self.settings, **settings))
+        except ValueError as error:
+            raise SpecError(f"{where}: {error}") from error
+
+
+def _is_told(field: dataclasses.Field[Any], settings: Any) -> bool:
+    """Whether a setting stands in the identity of a call."""
+    if field.metadata.get("added_later") and getattr(settings, field.name) == field.default:
+        return False
+    return field.metadata.get("changes_numbers", True)
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def _type_name(hint: Any) -> str:
+    return f"one of {', '.join(map(str, get_args(hint)))}" if get_origin(hint) is Literal else hint.__name__
 
 
 def _parse(text: str, hint: Any, where: str) -> Any:

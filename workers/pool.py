@@ -11,13 +11,15 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from results.records import Failure, Outcome
 from workers.data import DataSet, load_dataset
+from workers.distributed import task_options
 from workers.evaluate import Job, evaluate, import_for, poisons_device
+from workers.resources import Resources
 
 
 class PoolError(ValueError):
@@ -48,8 +50,12 @@ Event = Finished | Reported
 class Pool(Protocol):
     """Runs jobs; every job submitted is reported `Finished` exactly once."""
 
-    def capacity(self) -> int:
-        """How many jobs may be in flight now; changes as nodes come and go."""
+    def check(self, resources: Resources) -> None:
+        """Raise PoolError if no trial that takes these resources could run."""
+        ...
+
+    def capacity(self, resources: Resources) -> int:
+        """How many jobs that take these resources may be in flight now; changes as nodes come and go."""
         ...
 
     def submit(self, job: Job) -> None: ...
@@ -67,7 +73,9 @@ class SerialPool:
     def __init__(self) -> None:
         self._queue: deque[Job] = deque()
 
-    def capacity(self) -> int:
+    def check(self, resources: Resources) -> None: ...
+
+    def capacity(self, resources: Resources) -> int:
         return 1
 
     def submit(self, job: Job) -> None:
@@ -97,8 +105,8 @@ class _Flight:
 class RayPool:
     """Runs jobs as Ray tasks, as many at a time as the cluster holds.
 
-    A job takes `cpus`, `gpus` and `memory_mb`, once for each of its `processes`; with several, its task coordinates them and
-    takes nothing itself, else those would wait for what it holds.
+    A job's task takes the job's resources. With several processes each of those takes them, and the task, which coordinates them,
+    takes nothing itself: else they would wait for what it holds.
 
     `address` is Ray's: "local" starts a cluster of this machine's cores for this process alone, "auto" joins the running
     one. Ray retries nothing (`max_retries=0`); a job whose worker or node died is resubmitted here, into the same
@@ -110,15 +118,11 @@ class RayPool:
     """
 
     address: str
-    cpus: float
-    gpus: float = 0.0
-    memory_mb: int = 0
-    processes: int = 1
     max_workers: int | None = None
     max_losses: int = 3
     _flights: dict[Any, _Flight] = field(default_factory=dict)
     _datasets: dict[tuple[str, int], Any] = field(default_factory=dict)
-    _capacity: tuple[float, int] = (float("-inf"), 0)
+    _capacities: dict[Resources, tuple[float, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._owns_cluster = self.address == "local"
@@ -128,40 +132,36 @@ class RayPool:
         if not ray.is_initialized():
             _connect(self.address)
         self._mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).options(scheduling_strategy=_on_this_node(), max_restarts=-1).remote()
-        takes = {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": self.memory_mb * 2**20 or None}
-        if self.processes > 1:
-            takes = {"num_cpus": 0, "num_gpus": 0}
-        self._remote: Any = ray.remote(max_retries=0, max_calls=0)(_run_job).options(**takes)
+        self._remote: Any = ray.remote(max_retries=0, max_calls=0)(_run_job)
         # Takes no CPU: with every core given to jobs it could never start, and they wait for it.
         self._load: Any = ray.remote(num_cpus=0)(_load_dataset)
-        if self.capacity() == 0:
-            need = f"{self.cpus:g} CPU, {self.gpus:g} GPU and {self.memory_mb} MB of memory"
-            if self.processes > 1:
-                raise PoolError(f"the cluster lacks {self.processes} times the {need} that one trial needs; nodes: {_describe_nodes()}")
-            raise PoolError(f"no node of the cluster has the {need} that one trial needs; nodes: {_describe_nodes()}")
 
-    def capacity(self) -> int:
-        read_at, capacity = self._capacity
+    def check(self, resources: Resources) -> None:
+        if self.capacity(resources):
+            return
+        if resources.processes > 1:
+            raise PoolError(
+                f"the cluster lacks {resources.processes} times the {resources} that one trial needs; nodes: {_describe_nodes()}"
+            )
+        raise PoolError(f"no node of the cluster has the {resources} that one trial needs; nodes: {_describe_nodes()}")
+
+    def capacity(self, resources: Resources) -> int:
+        read_at, capacity = self._capacities.get(resources, (float("-inf"), 0))
         if time.monotonic() - read_at > 2.0:
-            capacity = sum(self._fits(node) for node in _alive_nodes()) // self.processes
+            capacity = sum(_num_fitting(node, resources) for node in _alive_nodes()) // resources.processes
             if self.max_workers is not None:
                 capacity = self.max_workers if not self._owns_cluster else min(capacity, self.max_workers)
-            self._capacity = time.monotonic(), capacity
+            self._capacities[resources] = time.monotonic(), capacity
         return capacity
-
-    def _fits(self, resources: dict[str, float]) -> int:
-        """Processes that a node has room for; those of one trial may be on several nodes."""
-        fits = [resources.get("CPU", 0) / self.cpus] if self.cpus else []
-        fits += [resources.get("GPU", 0) / self.gpus] if self.gpus else []
-        fits += [resources.get("memory", 0) / (self.memory_mb * 2**20)] if self.memory_mb else []
-        return int(min(fits))
 
     def submit(self, job: Job) -> None:
         self._fly(_Flight(job))
 
     def _fly(self, flight: _Flight) -> None:
         flight.started_at = None
-        self._flights[self._remote.remote(flight.job, self._mailbox, self._dataset(flight.job))] = flight
+        resources = flight.job.resources
+        takes = {"num_cpus": 0, "num_gpus": 0} if resources.processes > 1 else task_options(resources)
+        self._flights[self._remote.options(**takes).remote(flight.job, self._mailbox, self._dataset(flight.job))] = flight
 
     def _dataset(self, job: Job) -> Any:
         """The data set as a task's argument, which Ray hands over when it is there; None for a job that needs none."""
@@ -341,10 +341,21 @@ def _alive_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def _num_fitting(node: Mapping[str, float], resources: Resources) -> int:
+    """Processes that a node has room for; those of one trial may be on several nodes."""
+    if resources.accelerator_type and f"accelerator_type:{resources.accelerator_type}" not in node:
+        return 0
+    needs = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_mb * 2**20}
+    return int(min((node.get(name, 0) / need for name, need in needs.items() if need), default=node.get("CPU", 0)))
+
+
 def _describe_nodes() -> str:
-    return "; ".join(
-        f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU, {node.get('memory', 0) / 2**20:.0f} MB" for node in _alive_nodes()
-    )
+    def describe(node: Mapping[str, float]) -> str:
+        accelerators = [name.partition(":")[2] for name in node if name.startswith("accelerator_type:")]
+        kind = f" ({', '.join(accelerators)})" if accelerators else ""
+        return f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU{kind}, {node.get('memory', 0) / 2**20:.0f} MB"
+
+    return "; ".join(map(describe, _alive_nodes()))
 
 
 def _first_line(error: object) -> str:

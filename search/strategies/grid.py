@@ -8,6 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from results.records import DETERMINISTIC_FAILURES
+from search.strategy import proposed_point
 from search.study import RESULT_ATTRIBUTE
 from space.component import Scalar
 
@@ -17,9 +18,9 @@ Point = tuple[tuple[str, Scalar], ...]
 class Grid:
     """Proposer of the given `points`, in their order, in one round.
 
-    A point that the study holds already is not proposed again, unless all it met were failures that need not repeat: timeouts,
-    lost workers. One instance proposes a point once, so those are tried again by the next start. A longer list extends the study,
-    a shorter one withdraws what no longer is in it and has not begun.
+    A point that the study holds already is not proposed again, unless every attempt timed out or lost its worker. One instance
+    proposes a point once, so those are tried again by the next start. A longer list extends the study, a shorter one withdraws what
+    no longer is in it and has not begun.
     """
 
     def __init__(self, points: Sequence[Mapping[str, Scalar]]):
@@ -33,7 +34,7 @@ class Grid:
         self._proposed.update(wanted)
         if wanted:
             return [self._points[point] for point in wanted]
-        complete = {_asked(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
+        complete = {_point_of(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
         num_measured = sum(point in complete for point in self._points)
         lacking = f", {len(self._points) - num_measured} could not be" if num_measured < len(self._points) else ""
         self.ended = f"{num_measured} of its {len(self._points)} points are measured{lacking}"
@@ -41,7 +42,7 @@ class Grid:
 
     def unwanted(self, study: optuna.Study) -> list[FrozenTrial]:
         """The waiting trials of points that are not in the list."""
-        return [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) if _asked(trial) not in self._points]
+        return [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) if _point_of(trial) not in self._points]
 
     def num_total(self, study: optuna.Study) -> int:
         """Trials that are complete, in flight or still to be proposed; those beyond this list, of earlier starts, included."""
@@ -54,20 +55,19 @@ class Grid:
         return []
 
     def _wanted(self, study: optuna.Study) -> list[Point]:
-        held = {_asked(trial) for trial in study.get_trials(deepcopy=False) if _counts(trial)}
+        held = {_point_of(trial) for trial in study.get_trials(deepcopy=False) if settles(trial)}
         return [point for point in self._points if point not in held and point not in self._proposed]
 
 
-def _counts(trial: FrozenTrial) -> bool:
-    """Whether the trial settles its point, or will."""
+def settles(trial: FrozenTrial) -> bool:
+    """Whether the trial settles its point, or will: a timeout, a lost worker or a withdrawal leaves it open."""
     if trial.state != TrialState.FAIL:
         return True
     return trial.user_attrs.get(RESULT_ATTRIBUTE, {}).get("failure") in DETERMINISTIC_FAILURES
 
 
-def _asked(trial: FrozenTrial) -> Point:
-    # A trial that is only enqueued, or half suggested when its driver was lost, has its point here.
-    return _point({**trial.system_attrs.get("fixed_params", {}), **trial.params})
+def _point_of(trial: FrozenTrial) -> Point:
+    return _point(proposed_point(trial))
 
 
 def _point(params: Mapping[str, Scalar]) -> Point:

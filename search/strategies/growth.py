@@ -21,6 +21,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from results.records import Metric
+from search.strategy import proposed_point
 from space.component import Scalar
 from space.cost import cost
 from space.registry import SpecError
@@ -149,8 +150,7 @@ class Growth:
         """By size the trial that counts: the first complete one, else the first finished, else the first in flight."""
         known: dict[Size, FrozenTrial] = {}
         for trial in study.get_trials(deepcopy=False):
-            # A trial that is only enqueued, or half suggested when its driver was lost, has its point here.
-            params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+            params = proposed_point(trial)
             if any(params.get(axis) != value for axis, value in self._topology.items()) or not params.keys() >= GROWING_AXES:
                 continue
             size = _size(params)

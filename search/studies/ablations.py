@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from results.records import Metric
-from search.study import Phase, RunSettings, SettingsError, Study, study
+from search.study import Need, Phase, RunSettings, SettingsError, Study, study
 from space import catalog
 from space.model import Model, supports_class_row
 from space.recipe import Recipe
@@ -334,7 +334,7 @@ def _probe_phases(run: RunSettings, reference: Candidate, points: Sequence[Mappi
         evaluators=(run.call("linear_probe"),),
         objectives=("val_top1_pct",),
         propose=_grid(points),
-        needs=("backbone",),
+        needs=(Need("backbone"),),
     )
     return backbone, probe
 

@@ -105,9 +105,8 @@ def run(folder: Path, num_trials: int) -> Stopwatch:
         strategy="random",
         num_trials=num_trials,
     )
-    study = optuna.create_study(
-        study_name="bench/search", storage=open_storage(paths.journal), directions=["maximize"], sampler=make_sampler(phase, 0)
-    )
+    storage = open_storage(paths.journal)
+    study = optuna.create_study(study_name="bench/search", storage=storage, directions=["maximize"], sampler=make_sampler(phase, 0))
     tracker = MlflowTracker(paths.mlflow_uri, "bench", invocation={"command": "bench"}, objectives={"search": phase.goals})
     watch = Stopwatch()
     watch.wrap(study, "ask", "Optuna: ask")
@@ -121,6 +120,7 @@ def run(folder: Path, num_trials: int) -> Stopwatch:
         study_name="bench",
         phase=phase,
         study=study,
+        storage=storage,
         measuring=Measuring(
             seed=0, data="digits", data_fingerprint="digits", workdir=lambda number: paths.workdir("bench", "search", number)
         ),

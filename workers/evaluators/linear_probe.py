@@ -96,9 +96,9 @@ def linear_probe(model: Model, context: Context, settings: LinearProbeSettings) 
     """Train the pooling and the head of the candidate on the frozen backbone of an earlier phase."""
     if context.recipe is None or context.dataset is None:
         raise SpecError("linear_probe needs labelled data and a recipe, whose seed it takes")
-    if BACKBONE not in context.earlier or not (context.earlier[BACKBONE] / WEIGHTS).exists():
-        raise EvaluationError("error", f"linear_probe needs an earlier phase {BACKBONE!r} that left a trained network (short_train)")
-    dataset, weights = context.dataset, context.earlier[BACKBONE] / WEIGHTS
+    dataset, weights = context.dataset, context.best(BACKBONE).workdir / WEIGHTS
+    if not weights.exists():
+        raise EvaluationError("error", f"phase {BACKBONE!r} left no trained network in {weights.parent}: measure it by short_train")
     backbone, stored = load_model(weights, context.device)
     check_same_but_pooling(stored, model)
     tokens = torch.from_numpy(cached_tokens(backbone, weights, dataset, device=context.device, dtype=settings.dtype))

@@ -1,0 +1,133 @@
+"""The recipe of one network, by successive halving.
+
+    search/run.py tune --model vit_digits --data digits --recipes 18 --epochs 45
+
+Recipes drawn at random, the default one first among them, are trained for a ninth of the epochs; the best third goes on to a third
+of them, and the best third of those to the end (https://arxiv.org/abs/1502.07943). A recipe that goes on continues its own training.
+Selection looks at the validation part; the default recipe stands in the same table, so that what tuning gains can be read off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from search.study import Phase, RunSettings, SettingsError, Study, study
+from space import catalog
+from space.randomness import stream
+from space.recipe import Recipe
+from space.registry import SpecError
+from space.search_space import Axis, Candidate, SearchSpace
+
+REDUCTION = 3
+NUM_RUNGS = 3
+EPOCHS_AXIS = "epochs_trained"
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "lr_factor": (0.1, 0.3, 1.0, 3.0, 10.0),
+    "weight_decay": (0.0, 0.05, 0.2),
+    "drop_path": (0.0, 0.1),
+    "label_smoothing": (0.0, 0.1),
+    "mixing": ("none", "mixup_cutmix"),
+}
+DEFAULT = {"lr_factor": 1.0, "weight_decay": 0.05, "drop_path": 0.0, "label_smoothing": 0.1, "mixing": "none"}
+"""The recipe that a training has if nothing is said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions:
+    """Of which network, how many recipes, and how long the longest training is."""
+
+    model: str = field(default="vit_digits", metadata={"help": "as for describe"})
+    recipes: int = field(default=18, metadata={"help": "recipes that are tried, the default one among them"})
+    epochs: int = field(default=45, metadata={"help": "of a whole training; most recipes stop after a ninth or a third of them"})
+    batch_size: int = field(default=32, metadata={"help": "images per step"})
+    lr: float = field(default=3e-3, metadata={"help": "learning rate that lr_factor multiplies"})
+
+    def __post_init__(self) -> None:
+        for name, least in (("recipes", 1), ("epochs", REDUCTION ** (NUM_RUNGS - 1)), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise SpecError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is expected")
+        if self.lr <= 0:
+            raise SpecError(f"--lr is {self.lr:g}; a number above 0 is expected")
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """The epochs after which recipes are compared, the last one the whole training."""
+        return tuple(self.epochs // REDUCTION**left for left in reversed(range(NUM_RUNGS)))
+
+
+@study("tune", options=TuneOptions)
+def tune(run: RunSettings) -> Study:
+    """Find a recipe for one network by successive halving."""
+    options: TuneOptions = run.options
+    for name, flag in (("num_trials", "--trials"), ("strategy", "--strategy"), ("proxy_img_size", "--proxy-img-size")):
+        if getattr(run, name) is not None:
+            raise SettingsError(f"{flag} means nothing here: --recipes and --epochs say what is trained")
+    points = drawn_recipes(options.recipes, run.seed)
+    phase: Phase
+
+    def propose(phases: Mapping[str, Any]):
+        from search.strategies.halving import Halving
+
+        return Halving(points, rungs=options.rungs, goal=phase.goals[0], reduction=REDUCTION, epochs_axis=EPOCHS_AXIS)
+
+    phase = Phase(
+        name="recipes",
+        space=recipe_space(options, run.seed),
+        evaluators=(run.call("short_train"),),
+        objectives=("val_top1_pct",),
+        propose=propose,
+    )
+    return Study(phases=(phase,), notes=(_plan(options),))
+
+
+def recipe_space(options: TuneOptions, seed: int) -> SearchSpace:
+    """Recipes, and after how many epochs their training is looked at."""
+    model = catalog.resolve(options.model)
+    base = Recipe(epochs=options.epochs, seed=seed, batch_size=options.batch_size, lr=options.lr)
+
+    def decode(params: Mapping[str, Any]) -> Candidate:
+        changes = {name: params[name] for name in AXES if name != "lr_factor"}
+        recipe = replace(base, lr=base.lr * params["lr_factor"], min_lr=base.min_lr * params["lr_factor"], **changes)
+        stop = params[EPOCHS_AXIS] if params[EPOCHS_AXIS] < options.epochs else 0
+        told = " ".join(f"{name}={params[name]}" for name in AXES)
+        return Candidate(
+            model=model,
+            recipe=recipe,
+            settings={"short_train": {"stop_after": stop}} if stop else {},
+            label=f"{told} {params[EPOCHS_AXIS]}/{options.epochs} epochs",
+        )
+
+    axes = (Axis(name=name, choices=choices) for name, choices in AXES.items())
+    return SearchSpace(
+        name=f"tune/{options.model}/{model.digest[:8]}", axes=(*axes, Axis(name=EPOCHS_AXIS, choices=options.rungs)), decode=decode
+    )
+
+
+def drawn_recipes(number: int, seed: int) -> list[dict[str, Any]]:
+    """The default recipe, then others drawn without replacement; a longer list begins with a shorter one.
+
+    Raises SettingsError if there are not so many.
+    """
+    names, choices = tuple(AXES), tuple(AXES.values())
+    shape = tuple(map(len, choices))
+    if number > np.prod(shape):
+        raise SettingsError(f"--recipes is {number}; there are {np.prod(shape)}")
+    order = np.random.default_rng(stream(seed, "recipes")).permutation(np.prod(shape))
+    drawn = [
+        {name: values[i] for name, values, i in zip(names, choices, np.unravel_index(index, shape), strict=True)}
+        for index in order.tolist()
+    ]
+    return [DEFAULT, *(point for point in drawn if point != DEFAULT)][:number]
+
+
+def _plan(options: TuneOptions) -> str:
+    from search.strategies.halving import rung_sizes
+
+    sizes = rung_sizes(options.recipes, NUM_RUNGS, REDUCTION)
+    rounds = ", ".join(f"{size} to epoch {rung}" for size, rung in zip(sizes, options.rungs, strict=True))
+    return f"successive halving of {options.recipes} recipes: {rounds}"
