@@ -180,8 +180,9 @@ class Phase:
         for one, other in itertools.combinations(self.evaluators, 2):
             measured = {metric.name: metric for metric in one.evaluator.metrics}
             shared = [metric for metric in other.evaluator.metrics if metric.name in measured]
-            # Two evaluators may state the same quantity, declared in the same words: parameters are parameters.
-            clashes = [metric.name for metric in shared if one.name == other.name or measured[metric.name] != metric]
+            # What a free evaluator counts is exact, and another may state it too: parameters are parameters.
+            is_exact = one.evaluator.is_free != other.evaluator.is_free
+            clashes = [metric.name for metric in shared if not is_exact or measured[metric.name] != metric]
             if clashes:
                 raise SpecError(
                     f"phase {self.name!r}: {', '.join(clashes)} would be measured twice, by {one.to_json()} and by {other.to_json()}, and "
