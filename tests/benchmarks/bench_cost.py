@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from space.as_vit import growth_space, topology_space
-from space.autoformer import autoformer_space
 from space.cost import cost
+from space.families.as_vit import growth_space, topology_space
+from space.families.autoformer import autoformer_space
 from space.search_space import SearchSpace
 
 NUM_SPECS = 10_000
