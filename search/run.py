@@ -91,13 +91,14 @@ def _describe(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args(argv)
     from space.cost import cost, cost_by_part
+    from space.model import depth_of
 
     spec = resolve_model(args.model, args)
     total, parts = cost(spec), {path: counted._asdict() for path, counted in cost_by_part(spec).items()}
     if args.json:
         print(json.dumps({"digest": spec.digest, **total._asdict(), "parts": parts, "spec": spec.to_json()}))
         return 0
-    print(f"digest {spec.digest}   {spec.img_size} px, depth {spec.depth}, {spec.num_classes} classes")
+    print(f"digest {spec.digest}   {spec.img_size} px, depth {depth_of(spec)}, {spec.num_classes} classes")
     print(f"{'part':40} {'params':>14} {'macs':>18} {'fvcore_macs':>18}")
     for path, counted in {**parts, "total": total._asdict()}.items():
         print(f"{path:40} {counted['params']:>14,} {counted['macs']:>18,} {counted['fvcore_macs']:>18,}")

@@ -146,9 +146,6 @@ class Declaration:
     """The level of tap this component reads from its block's mixer."""
     offers_tap: AttentionTap = AttentionTap.NONE
     """The highest level a mixer can give: `forward(x, tap=level)` then returns `(x, tapped)`."""
-    batch_statistics: bool = False
-    sliceable_width: bool = False
-    changes_num_tokens: bool = False
 
 
 components: Registry[type] = Registry("component", package="space.components")

@@ -90,6 +90,23 @@ def part_cost(part: Part) -> Cost:
     return counted + part.module_class.tap_cost(part.shape, part.tap, **part.arguments) if part.tap else counted
 
 
+def why_no_class_row(spec: ArchSpec) -> str | None:
+    """Why the network cannot give the class token's attention on the grid of patches in its last block; None if it can."""
+    parts = [part for part in layout(spec) if part.path.startswith(f"stages.{len(spec.stages) - 1}.blocks.")]
+    mixer = next(part for part in reversed(parts) if part.kind == "mixer")
+    assert isinstance(mixer.shape, TokenShape)
+    if not mixer.shape.has_class_token:
+        return "there is no class token; add the prefix 'class_token'"
+    if mixer.shape.grid is None:
+        return "an earlier token reduction breaks the grid of patches up"
+    offered = mixer.module_class.declaration.offers_tap
+    if offered < AttentionTap.CLASS_ROW:
+        return f"the last mixer, {mixer.component.name!r}, offers no attention tap"
+    if mixer.tap > AttentionTap.CLASS_ROW:
+        return f"the token reduction of the last block reads an attention tap of level {mixer.tap.name}"
+    return None
+
+
 def _image_shape(spec: ArchSpec) -> ImageShape:
     return ImageShape(spec.in_chans, spec.img_size, spec.img_size)
 

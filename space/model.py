@@ -1,74 +1,180 @@
-"""A model of either kind, read, built and asked about. Importing it imports no torch."""
+"""A model of any kind: what it is, how a kind answers for its models, and the questions that the rest of the code asks.
+
+A model is a plain frozen value that names its kind. The kind knows how such a value is read, counted and built. It is one class
+in `space/kinds/`, registered by a decorator, and its module is imported when its first model is asked about:
+
+    @model_kind("timm")
+    class TimmKind(ModelKind[TimmSpec]):
+        ...
+
+Importing this module imports no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from space.component import AttentionTap, TokenShape
-from space.layout import layout
-from space.registry import SpecError, unknown_name
-from space.spec import ArchSpec
-from space.timm_spec import TimmSpec, build_timm
+from space.component import Cost
+from space.registry import Registry, SpecError, unknown_name
 
 if TYPE_CHECKING:
     from torch import nn
 
-Model = ArchSpec | TimmSpec
-"""What a trial can measure: a network of our components, or one of timm."""
+    from space.spec import ArchSpec
+
+
+class Model(Protocol):
+    """What a trial can measure: a frozen, hashable value that names one network and can be pickled.
+
+    `kind` is the registered name of its kind and the field `"model"` of its JSON. `digest` is 16 hex digits of the SHA-256 of the
+    canonical JSON. Images are `(B, in_chans, img_size, img_size)`, logits `(B, num_classes)`.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def img_size(self) -> int: ...
+
+    @property
+    def in_chans(self) -> int: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+M = TypeVar("M", bound=Model)
+
+
+class ModelKind(ABC, Generic[M]):
+    """The contract of a kind: it answers every question about its models. Its module imports torch only inside functions."""
+
+    notation: ClassVar[str | None] = None
+    """The word in messages for what a user may type after `KIND:`; a kind without one is read from JSON only."""
+
+    @abstractmethod
+    def examples(self) -> tuple[M, ...]:
+        """Small models of this kind, of 3 channels or 1 and at most 64 pixels, by which the contract tests know it."""
+
+    @abstractmethod
+    def from_json(self, data: Mapping[str, Any]) -> M:
+        """The model of `to_json`'s object; raises SpecError saying which field is wrong."""
+
+    def read(self, text: str) -> M:
+        """The model that a user names by `KIND:text`; raises SpecError saying what is allowed. Called if there is a `notation`."""
+        raise SpecError("models of this kind are read from JSON files only")
+
+    @abstractmethod
+    def resized(self, model: M, *, img_size: int, num_classes: int) -> M:
+        """The same network for images of `img_size` pixels and `num_classes` classes; raises SpecError if there is none."""
+
+    @abstractmethod
+    def cost_by_part(self, model: M) -> dict[str, Cost]:
+        """The counts for one image of every part, by its path; raises SpecError if the network cannot be built."""
+
+    def cost(self, model: M) -> Cost:
+        """The counts of the whole network for one image; a kind that can add them up faster overrides this."""
+        return sum(self.cost_by_part(model).values(), Cost())
+
+    @abstractmethod
+    def build(self, model: M, *, seed: int, drop_path: float) -> nn.Module:
+        """As `build_model`, which has checked `drop_path`."""
+
+    @abstractmethod
+    def depth(self, model: M) -> int:
+        """As `depth_of`."""
+
+    @abstractmethod
+    def token_size(self, model: M) -> int | None:
+        """As `token_size`."""
+
+    @abstractmethod
+    def why_no_class_row(self, model: M) -> str | None:
+        """As `supports_class_row`."""
+
+    def as_arch(self, model: M) -> ArchSpec | None:
+        """As `as_arch`."""
+        return None
+
+
+kinds: Registry[ModelKind[Any]] = Registry("model_kind", package="space.kinds")
+K = TypeVar("K", bound=ModelKind[Any])
+
+
+def model_kind(name: str) -> Callable[[type[K]], type[K]]:
+    """Register a `ModelKind` class as the kind of the models whose `kind` is `name`."""
+
+    def register(cls: type[K]) -> type[K]:
+        kinds.add((name,), cls())
+        return cls
+
+    return register
 
 
 def model_from_json(data: Any) -> Model:
-    """The model of a `to_json` object of either kind; raises SpecError saying what is wrong in it."""
-    kinds: dict[str, type[Model]] = {"arch": ArchSpec, "timm": TimmSpec}
+    """The model of a `to_json` object of any kind; raises SpecError saying what is wrong in it."""
     kind = data.get("model") if isinstance(data, Mapping) else None
     if not isinstance(kind, str):
-        raise SpecError('not the JSON of a model: an object with "model": "arch" or "timm" is expected')
-    if kind not in kinds:
-        raise unknown_name("kind of model", kind, kinds)
-    return kinds[kind].from_json(data)
+        known = ", ".join(f'"{name}"' for name in kinds.names())
+        raise SpecError(f'not the JSON of a model: an object is expected whose "model" is one of {known}')
+    if kind not in kinds.names():
+        raise unknown_name("kind of model", kind, kinds.names())
+    return kinds.get(kind).from_json(data)
 
 
 def build_model(model: Model, *, seed: int, drop_path: float = 0.0) -> nn.Module:
     """The initialised network on the CPU, in training mode: a pure function of its arguments, global generators untouched.
 
-    In an `ArchSpec` every tensor has a stream of its own, named by the seed and the path of its module, so that networks which
-    differ in one part share all other initial weights; a timm model is drawn from one stream. `drop_path` is the stochastic depth
-    of the last block. Raises SpecError for what cannot be built.
+    In a network of our components every tensor has a stream of its own, named by the seed and the path of its module, so that
+    networks which differ in one part share all other initial weights. A timm model is drawn from one stream. `drop_path` is the
+    stochastic depth of the last block. Raises SpecError for what cannot be built, and ValueError for a `drop_path` outside [0, 1).
     """
-    if isinstance(model, TimmSpec):
-        if not 0.0 <= drop_path < 1.0:
-            raise ValueError(f"drop_path is {drop_path!r}; allowed: from 0 to below 1")
-        return build_timm(model, seed=seed, drop_path=drop_path)
-    from space.vit import build_seeded
-
-    return build_seeded(model, seed=seed, drop_path=drop_path)
+    if not 0.0 <= drop_path < 1.0:
+        raise ValueError(f"drop_path is {drop_path!r}; allowed: from 0 to below 1")
+    return kinds.get(model.kind).build(model, seed=seed, drop_path=drop_path)
 
 
-def require_arch(model: Model, what: str) -> ArchSpec:
-    """The model as a network of our components; raises SpecError saying that `what` takes no other."""
-    if isinstance(model, TimmSpec):
-        raise SpecError(f"{what} takes networks of our components; {model.name!r} is a model of timm")
-    return model
+def resized(model: M, *, img_size: int | None = None, num_classes: int | None = None) -> M:
+    """The same network at another image size in pixels or with another number of classes; None leaves it as it is."""
+    return kinds.get(model.kind).resized(
+        model,
+        img_size=model.img_size if img_size is None else img_size,
+        num_classes=model.num_classes if num_classes is None else num_classes,
+    )
+
+
+def depth_of(model: Model) -> int:
+    """Number of blocks; 0 for a timm model that names none."""
+    return kinds.get(model.kind).depth(model)
+
+
+def token_size(model: Model) -> int | None:
+    """Pixels along the side of the square that one token of the last stage stands for; None where there is no such grid."""
+    return kinds.get(model.kind).token_size(model)
 
 
 def supports_class_row(model: Model) -> str | None:
     """Why the network cannot give the class token's attention on the grid of patches in its last block; None if it can."""
-    if isinstance(model, TimmSpec):
-        return "models of timm give no attention"
-    parts = [part for part in layout(model) if part.path.startswith(f"stages.{len(model.stages) - 1}.blocks.")]
-    mixer = next(part for part in reversed(parts) if part.kind == "mixer")
-    assert isinstance(mixer.shape, TokenShape)
-    if not mixer.shape.has_class_token:
-        return "there is no class token; add the prefix 'class_token'"
-    if mixer.shape.grid is None:
-        return "an earlier token reduction breaks the grid of patches up"
-    offered = mixer.module_class.declaration.offers_tap
-    if offered < AttentionTap.CLASS_ROW:
-        return f"the last mixer, {mixer.component.name!r}, offers no attention tap"
-    if mixer.tap > AttentionTap.CLASS_ROW:
-        return f"the token reduction of the last block reads an attention tap of level {mixer.tap.name}"
-    return None
+    return kinds.get(model.kind).why_no_class_row(model)
+
+
+def as_arch(model: Model) -> ArchSpec | None:
+    """The network as one of our components; None if it is not one."""
+    return kinds.get(model.kind).as_arch(model)
+
+
+def require_arch(model: Model, what: str) -> ArchSpec:
+    """The network as one of our components; raises SpecError saying that `what` takes no other."""
+    arch = as_arch(model)
+    if arch is None:
+        raise SpecError(f"{what} takes networks of our components; a model of kind {model.kind!r} is none")
+    return arch
 
 
 def decay_exempt(model: nn.Module) -> set[str]:

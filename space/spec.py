@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from space.component import REQUIRED, Scalar, components, declaration
 from space.registry import SpecError, unknown_name
@@ -124,6 +124,8 @@ class StageSpec:
 class ArchSpec:
     """One Vision Transformer, from pixels to logits."""
 
+    kind: ClassVar[str] = "arch"
+
     stages: tuple[StageSpec, ...]
     img_size: int
     in_chans: int = 3
@@ -157,7 +159,7 @@ class ArchSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The canonical JSON object: defaults left out, components as `[name, {choice: value}]`."""
-        return {"model": "arch", **_to_json(self)}
+        return {"model": self.kind, **_to_json(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ArchSpec:

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from space.component import Cost
 from space.registry import SpecError
-from space.timm_spec import TimmSpec, create
+from space.timm_build import create
+from space.timm_spec import TimmSpec
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Counted:
 def counted(spec: TimmSpec) -> Counted:
     """The counts for one image; raises SpecError if the network cannot be built, takes no such image, or gives no logits.
 
-    What the model computes between its children, as a pooling before the head may be, is listed as `between`.
+    Work outside any child, such as pooling before the head, is listed as `between`.
     """
     with torch.device("meta"):
         # `to`, since some models make tensors from arrays.

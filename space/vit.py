@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from space.component import AttentionTap
-from space.layout import layout
-from space.model import supports_class_row
+from space.layout import layout, why_no_class_row
 from space.randomness import stream
 from space.registry import SpecError
 from space.spec import ArchSpec
@@ -75,7 +74,7 @@ class VisionTransformer(nn.Module):
 
     With `with_class_row` it gives `(logits, class_row)`: `(B, num_patches)`, the class token's attention on the patches in the last
     block, mean over the heads. The row includes no prefix token and so sums to less than 1. It alone is recomputed, attention stays
-    fused, and the logits are the same to the bit. Raises SpecError where `supports_class_row` gives a reason.
+    fused, and the logits are the same to the bit. Raises SpecError where `why_no_class_row` gives a reason.
     """
 
     def __init__(self, spec: ArchSpec, *, drop_path: float = 0.0):
@@ -100,7 +99,7 @@ class VisionTransformer(nn.Module):
         self.norm = take("norm")
         self.pooling = take("pooling")
         self.head = take("head")
-        self._no_class_row = supports_class_row(spec)
+        self._no_class_row = why_no_class_row(spec)
         self._num_prefix = parts["norm"].output_shape.num_prefix
 
     def forward_tokens(self, x: Tensor) -> Tensor:
@@ -140,10 +139,15 @@ def build(spec: ArchSpec, *, generator: torch.Generator | None = None, drop_path
     return model
 
 
-def build_seeded(spec: ArchSpec, *, seed: int, drop_path: float = 0.0) -> VisionTransformer:
-    """As `build`, every module's weights drawn from a stream named by `seed` and the module's path in the network."""
+def build_seeded(
+    spec: ArchSpec, *, seed: int, drop_path: float = 0.0, origin: Callable[[str], str] = lambda path: path
+) -> VisionTransformer:
+    """As `build`, every module's weights drawn from a stream named by `seed` and the module's path in the network.
+
+    `origin` maps a path to the one that names its stream: of a network cut out of another, the path that the module had there.
+    """
     model = _uninitialized(spec, drop_path)
-    initialize_by_path(model, lambda path, _: torch.Generator().manual_seed(stream(seed, "weights", path)))
+    initialize_by_path(model, lambda path, _: torch.Generator().manual_seed(stream(seed, "weights", origin(path))))
     return model
 
 

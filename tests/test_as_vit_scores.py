@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from space.as_vit import Network, spec
+from space.families.as_vit import Network, spec
 from space.vit import build
 from workers.evaluator import Context, EvaluationError, evaluators
 from workers.evaluators.as_vit import (
@@ -196,7 +196,7 @@ def test_repeats_are_independent_except_for_the_reference_convolution():
 def test_equal_calls_give_equal_bits_in_another_process_and_after_other_work():
     script = (
         "import json, torch; torch.set_num_threads(1);"
-        "from space.as_vit import Network, spec; from workers.evaluator import Context;"
+        "from space.families.as_vit import Network, spec; from workers.evaluator import Context;"
         "from workers.evaluators.as_vit import AsVitSettings, as_vit;"
         f"model = spec(Network.parse('{SEED_TOPOLOGY},8'), img_size=32, num_classes=10);"
         "scores = as_vit(model, Context(seed=0), AsVitSettings(num_repeats=2, ntk_batch_size=4, num_angles=3));"

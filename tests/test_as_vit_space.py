@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from space.as_vit import (
+from space.catalog import resolve
+from space.cost import cost
+from space.families.as_vit import (
     ASVIT_LARGE,
     AXES,
     EXPANSIONS,
@@ -27,9 +29,7 @@ from space.as_vit import (
     spec,
     topology_space,
 )
-from space.autoformer import autoformer_space
-from space.catalog import resolve
-from space.cost import cost
+from space.families.autoformer import autoformer_space
 from space.registry import SpecError
 from space.search_space import Axis, SearchSpace
 from space.vit import build

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from space import catalog
-from space.as_vit import ASVIT_LARGE, spec, topology_space
 from space.cost import cost
+from space.families.as_vit import ASVIT_LARGE, spec, topology_space
 from space.model import supports_class_row
 from space.registry import SpecError
 from space.timm_spec import TimmSpec

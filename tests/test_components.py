@@ -161,7 +161,6 @@ def top_k() -> Iterator[str]:
         choices={"keep": Choice(offered=(4, 8), allowed=POSITIVE)},
         needs_class_token=True,
         attention_tap=AttentionTap.CLASS_ROW,
-        changes_num_tokens=True,
     )
     class TopK(nn.Module):
         """Keep the class token and the patches that it attends to most (as EViT does), weighted."""

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from results.records import Failure
-from space.as_vit import Network, spec
 from space.cost import cost
+from space.families.as_vit import Network, spec
 from space.model import build_model
 from space.recipe import Recipe
 from space.registry import SpecError

@@ -10,9 +10,9 @@ from optuna.trial import TrialState
 from results.records import Metric
 from search.strategies.growth import Growth, Size, best_by_ranks, grown
 from search.strategy import enqueue
-from space.as_vit import TOPOLOGY_AXES, growth_space
 from space.component import Scalar
 from space.cost import cost
+from space.families.as_vit import TOPOLOGY_AXES, growth_space
 from space.registry import SpecError
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -202,7 +202,7 @@ def test_another_architecture_is_refused_with_the_difference_named(probe, datase
         probe("gem", model=vit("gem", embed_dim=64))
     with pytest.raises(SpecError, match=r'position is \["learned"\] there and null here'):
         probe("gem", model=replace(vit("gem"), position=None))
-    with pytest.raises(SpecError, match="models of timm have none to exchange"):
+    with pytest.raises(SpecError, match="models of timm and subnets have none"):
         probe("gem", model=TimmSpec(name="vit_tiny_patch16_224", img_size=16, num_classes=10))
 
 

@@ -12,7 +12,7 @@ import torch
 from optuna.trial import TrialState
 
 from search.strategies.policy_gradient import PolicyGradientSampler, Reward, reward_of_last
-from space.as_vit import topology_space
+from space.families.as_vit import topology_space
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -68,7 +68,7 @@ def test_grown_networks_tell_what_was_scored_from_what_is_reported(finished: Pat
 
 def test_growth_starts_from_the_best_topology_and_yields_a_family_of_rising_size(finished: Path):
     from search.studies.as_vit import best_topology
-    from space.as_vit import TOPOLOGY_AXES
+    from space.families.as_vit import TOPOLOGY_AXES
 
     definition = studies.get("as_vit")(RunSettings(study="as_vit", runs=finished / "runs", img_size=32))
     best = best_topology(optuna_study(finished, "as_vit/topology"), definition.phase("topology").goals)

@@ -9,7 +9,7 @@ import torch
 from test_spec import WITH_GRID, tiny
 from torch import nn
 
-from space.catalog import plain_vit
+from space.families.vit import plain_vit
 from space.layout import layout
 from space.registry import SpecError
 from space.spec import Component

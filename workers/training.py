@@ -18,14 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from space.layout import layout
-from space.model import Model, build_model, decay_exempt, exponent_parameters, supports_class_row
+from space.model import Model, build_model, decay_exempt, exponent_parameters, supports_class_row, token_size
 from space.randomness import stream
 from space.recipe import Recipe
 from space.registry import SpecError
 from space.spec import digest_of
-from space.timm_cost import counted
-from space.timm_spec import TimmSpec
 from workers.augmentation import make_image_transform
 from workers.batches import TrainingBatches
 from workers.checkpoints import latest_checkpoint, save_checkpoint
@@ -94,14 +91,6 @@ def check_recipe(model: Model, recipe: Recipe, *, num_processes: int = 1) -> Non
     mixer = make_mixer(recipe, img_size=model.img_size, patch_size=token_size(model), num_processes=num_processes)
     if mixer is not None and mixer.needs_class_row and (reason := supports_class_row(model)):
         raise SpecError(f"mixing {recipe.mixing!r} reads the class token's attention: {reason}")
-
-
-def token_size(model: Model) -> int | None:
-    """Pixels along the side of what one token of the last stage stands for; None where there is no such grid."""
-    if isinstance(model, TimmSpec):
-        return counted(model).patch_size
-    grid = next(part.shape.grid for part in layout(model) if part.path == "norm")  # type: ignore[union-attr]
-    return model.img_size // grid[0] if grid else None
 
 
 def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

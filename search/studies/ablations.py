@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from results.records import Metric
 from search.study import Need, Phase, RunSettings, SettingsError, Study, study
 from space import catalog
-from space.model import Model, supports_class_row
+from space.model import Model, as_arch, require_arch, resized, supports_class_row, token_size
 from space.recipe import Recipe
 from space.registry import SpecError, unknown_name
 from space.search_space import Axis, Candidate, SearchSpace
@@ -179,13 +179,12 @@ def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate
     """What every level departs from, in one thing."""
     is_digits = run.data == "digits"
     name = options.model or ("vit_digits" if is_digits else "vit_cifar")
-    model = catalog.resolve(name)
-    if run.img_size is not None:
-        model = replace(model, img_size=run.img_size)
-    if (num_classes := _num_classes(run.data)) > 1:
-        model = replace(model, num_classes=num_classes)
-    if isinstance(model, ArchSpec) and model.prefix is not None and model.prefix.name == "class_token":
-        model = replace(model, pooling=Component("class_token"))
+    num_classes = _num_classes(run.data)
+    model = resized(catalog.resolve(name), img_size=run.img_size, num_classes=num_classes if num_classes > 1 else None)
+    # Trained from fresh weights, a subnet is its architecture, and its parts may be exchanged.
+    arch = as_arch(model)
+    if arch is not None and arch.prefix is not None and arch.prefix.name == "class_token":
+        arch = replace(arch, pooling=Component("class_token"))
     lr = options.lr or (3e-3 if is_digits else 1e-3)
     recipe = Recipe(
         epochs=options.epochs,
@@ -197,7 +196,7 @@ def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate
         flip=not is_digits,
         crop="pad" if model.img_size < 64 else "resized",
     )
-    return Candidate(model=model, recipe=recipe, label=name)
+    return Candidate(model=arch or model, recipe=recipe, label=name)
 
 
 def _num_classes(data: str) -> int:
@@ -239,9 +238,10 @@ def chosen_levels(options: AblationOptions, model: Model) -> tuple[dict[str, tup
 def _why_not(factor: str, level: str, model: Model) -> str | None:
     """Why the model cannot have this level; None if it can."""
     if factor == "pooling":
-        if not isinstance(model, ArchSpec):
+        arch = as_arch(model)
+        if arch is None:
             return "the pooling of a timm model is fixed"
-        if model.pooling.name != "class_token":
+        if arch.pooling.name != "class_token":
             return "the reference pools by the class token, and the model has none"
     if factor == "mixing" and level in ATTENTION_MIXING:
         return supports_class_row(model)
@@ -258,8 +258,8 @@ def ablation_space(reference: Candidate, factors: Mapping[str, Sequence[str]]) -
         level = params[factor]
         model, recipe = reference.model, replace(base, seed=seed)
         if factor == "pooling" and level != LEVELS[factor][0]:
-            assert isinstance(model, ArchSpec)
-            model = replace(model, pooling=_pooling(level, model))
+            arch = require_arch(model, "factor pooling")
+            model = replace(arch, pooling=_pooling(level, arch))
         elif factor == "mixing":
             recipe = replace(recipe, mixing=level)
         elif factor == "optimizer":
@@ -356,11 +356,7 @@ def ablation_design(levels: Mapping[str, Sequence[str]], model: Model, *, has_ro
 
 
 def _is_cnn(model: Model) -> bool:
-    if isinstance(model, ArchSpec):
-        return False
-    from space.timm_cost import counted
-
-    return counted(model).patch_size is None
+    return as_arch(model) is None and token_size(model) is None
 
 
 def _primary(factor: str, others: Sequence[str], *, is_cnn: bool, has_robustness: bool) -> Contrast:

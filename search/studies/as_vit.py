@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from results.records import Metric
 from search.study import Budget, Phase, RunSettings, SettingsError, Study, study
-from space.as_vit import TOPOLOGY_AXES, growth_space, topology_space
+from space.families.as_vit import TOPOLOGY_AXES, growth_space, topology_space
 
 if TYPE_CHECKING:
     import optuna

@@ -21,7 +21,7 @@ from machine import machine
 from torch import Tensor
 
 import space.components.attention
-from space.as_vit import Network, spec
+from space.families.as_vit import Network, spec
 from space.vit import build
 from workers.data import load_images
 from workers.evaluator import Context

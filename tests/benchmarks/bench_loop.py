@@ -29,7 +29,7 @@ from search.loop import Measuring, PhaseLoop
 from search.progress import Progress
 from search.storage import open_storage
 from search.study import Phase, make_sampler
-from space.as_vit import topology_space
+from space.families.as_vit import topology_space
 from space.spec import ArchSpec
 from workers.evaluator import Call, Context, NoSettings, evaluator
 from workers.pool import SerialPool

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from results.records import Metric
-from space.model import Model, build_model, exponent_parameters
+from space.model import Model, as_arch, build_model, exponent_parameters
 from space.randomness import stream
 from space.recipe import Recipe
 from space.registry import SpecError
-from space.spec import ArchSpec, digest_of
+from space.spec import digest_of
 from space.vit import VisionTransformer
 from workers.batches import evaluation_batches
 from workers.checkpoints import load_model
@@ -119,10 +119,12 @@ def linear_probe(model: Model, context: Context, settings: LinearProbeSettings) 
 
 
 def check_same_but_pooling(backbone: Model, model: Model) -> None:
-    """Raise SpecError unless both are networks of our components that differ in their pooling at most."""
-    if not isinstance(backbone, ArchSpec) or not isinstance(model, ArchSpec):
-        raise SpecError("linear_probe exchanges the pooling of a network of our components; models of timm have none to exchange")
-    theirs, ours = replace(backbone, pooling=model.pooling).to_json(), model.to_json()
+    """Raise SpecError unless both are networks of our components that differ in their pooling at most; neither may be a subnet."""
+    there, here = as_arch(backbone), as_arch(model)
+    # A subnet's pooling is its supernet's, and another choice of blocks would go unnoticed below.
+    if there is None or here is None or there is not backbone or here is not model:
+        raise SpecError("linear_probe exchanges the pooling of a network of our components; models of timm and subnets have none")
+    theirs, ours = replace(there, pooling=here.pooling).to_json(), here.to_json()
     different = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
     if different:
         told = "; ".join(f"{name} is {_short(theirs.get(name))} there and {_short(ours.get(name))} here" for name in different)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from results.records import Metric
-from space.as_vit import length_distortion_closed_form
 from space.cost import cost as counts
-from space.model import Model, require_arch
+from space.families.as_vit import length_distortion_closed_form
+from space.model import Model, depth_of, require_arch
 from workers.evaluator import Context, NoSettings, evaluator
 
 
@@ -24,7 +24,7 @@ from workers.evaluator import Context, NoSettings, evaluator
 def cost(model: Model, context: Context, settings: NoSettings) -> Mapping[str, float]:
     """Parameters, MACs and depth by exact arithmetic, without building the network."""
     counted = counts(model)
-    return {"params_m": counted.params / 1e6, "gmacs": counted.macs / 1e9, "depth": model.depth}
+    return {"params_m": counted.params / 1e6, "gmacs": counted.macs / 1e9, "depth": depth_of(model)}
 
 
 @evaluator(

@@ -18,9 +18,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+from space.family import Family, NamedModel, family
 from space.registry import SpecError
 from space.search_space import Axis, Candidate, SearchSpace
 from space.spec import ArchSpec, BlockSpec, Component, StageSpec, full_choices, with_img_size
@@ -158,8 +159,9 @@ def _block(embed_dim: int, num_heads: int, splits: int, expansion: int) -> Block
     )
 
 
-def topology_space(*, img_size: int, proxy_img_size: int, num_classes: int) -> SearchSpace:
-    """The 4,556,250 seed topologies at width 32 and depth 1, each scored at `proxy_img_size` pixels."""
+def topology_space(*, img_size: int, num_classes: int, proxy_img_size: int | None = None) -> SearchSpace:
+    """The 4,556,250 seed topologies at width 32 and depth 1, each scored at `proxy_img_size` pixels, `img_size` unless given."""
+    proxy_img_size = img_size if proxy_img_size is None else proxy_img_size
     _check_img_size(img_size)
     _check_img_size(proxy_img_size)
 
@@ -172,8 +174,12 @@ def topology_space(*, img_size: int, proxy_img_size: int, num_classes: int) -> S
     return SearchSpace(name="as_vit/topology", axes=AXES, decode=decode)
 
 
-def growth_space(*, img_size: int, proxy_img_size: int, num_classes: int) -> SearchSpace:
-    """Topologies with depths and a width; the proxy that is scored has a quarter of the network's width and its depths."""
+def growth_space(*, img_size: int, num_classes: int, proxy_img_size: int | None = None) -> SearchSpace:
+    """Topologies with depths and a width; the proxy that is scored has a quarter of the network's width and its depths.
+
+    The proxy takes images of `proxy_img_size` pixels, `img_size` unless given.
+    """
+    proxy_img_size = img_size if proxy_img_size is None else proxy_img_size
     _check_img_size(img_size)
     _check_img_size(proxy_img_size)
 
@@ -254,3 +260,25 @@ def _network(params: Mapping[str, Any], *, depths: tuple[int, ...], embed_dim: i
 def _check_img_size(img_size: int) -> None:
     if type(img_size) is not int or img_size < 32 or img_size % 32:
         raise SpecError(f"As-ViT: img_size is {img_size!r}; allowed: multiples of 32, the stride of the last stage")
+
+
+_SOURCE = "As-ViT (https://arxiv.org/abs/2202.11921), 224 px"
+
+
+@family("as_vit")
+def as_vit() -> Family:
+    """As-ViT: four stages with windowed attention, searched and grown without training."""
+    published = {
+        "as_vit_seed": ("the published seed topology at width 32, depth 1", SEED),
+        "as_vit_small": ("As-ViT-Small: 88 wide, 10 blocks", ASVIT_SMALL),
+        "as_vit_base": ("As-ViT-Base: 116 wide, 11 blocks", ASVIT_BASE),
+        "as_vit_large": ("As-ViT-Large: 180 wide, 14 blocks", ASVIT_LARGE),
+    }
+    return Family(
+        models={
+            name: NamedModel(summary=f"{summary}; {_SOURCE}", make=partial(spec, network, img_size=224))
+            for name, (summary, network) in published.items()
+        },
+        read=lambda text: spec(Network.parse(text), img_size=224),
+        spaces={"as_vit/topology": topology_space, "as_vit/growth": growth_space},
+    )

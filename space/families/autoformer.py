@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from space.family import Family, family
 from space.registry import SpecError
 from space.search_space import Axis, Candidate, SearchSpace
 from space.spec import ArchSpec, BlockSpec, Component, StageSpec
@@ -82,3 +83,9 @@ def label(arch: Mapping[str, Any]) -> str:
     """`240x13 3h4 4h3.5 ...`: width by depth, then heads and ratio of every block."""
     blocks = " ".join(f"{heads}h{ratio:g}" for heads, ratio in zip(arch["num_heads"], arch["mlp_ratio"], strict=True))
     return f"{arch['hidden_dim']}x{arch['depth']} {blocks}"
+
+
+@family("autoformer")
+def autoformer() -> Family:
+    """AutoFormer: plain Vision Transformers whose heads and feed-forward ratio are chosen for every block."""
+    return Family(spaces={"autoformer": autoformer_space})

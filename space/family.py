@@ -1,0 +1,52 @@
+"""Families of named networks: what a file in `space/families/` registers.
+
+    @family("deit")
+    def deit() -> Family:
+        ...
+
+The function is called once, when the registry imports its file. A family's file imports no torch, so that listing stays fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from space.model import Model
+from space.registry import Registry
+from space.search_space import SearchSpace
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedModel:
+    """A model of the catalogue: one line about it, and the function that makes its spec."""
+
+    summary: str
+    make: Callable[[], Model]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Networks that belong together: those with a name, those with a notation, and the spaces they are searched in.
+
+    `read` makes the model of what a user types after `FAMILY:`; it raises SpecError saying what is allowed. `spaces` are functions
+    by the name of the space they make; they take the keywords `img_size` and `num_classes`.
+    """
+
+    models: Mapping[str, NamedModel] = field(default_factory=dict)
+    """By name, smallest first."""
+    read: Callable[[str], Model] | None = None
+    spaces: Mapping[str, Callable[..., SearchSpace]] = field(default_factory=dict)
+
+
+families: Registry[Family] = Registry("family", package="space.families")
+
+
+def family(name: str) -> Callable[[Callable[[], Family]], Callable[[], Family]]:
+    """Register the `Family` that the function makes; `name` is the word before the colon of its notation."""
+
+    def register(make: Callable[[], Family]) -> Callable[[], Family]:
+        families.add((name,), make())
+        return make
+
+    return register

@@ -1,0 +1,1 @@
+"""The kinds of models: one file for each, found by the registry's scan."""
