@@ -50,7 +50,7 @@ IMG_SIZES = (32, 64, 128, 224)
 def network(kind: str, part: Component, img_size: int) -> ArchSpec:
     """A network of two small blocks at `img_size` pixels with `part` in its place, and with the class token that it needs."""
     declared = declaration(kind, part.name)
-    has_prefix = kind == "prefix" or declared.needs_class_token or declared.attention_tap >= AttentionTap.CLASS_ROW
+    has_prefix = kind == "prefix" or declared.needs_class_token or declared.attention_tap == AttentionTap.CLASS_ROW
     parts: dict[str, Any] = {
         "patch_embed": Component("conv", kernel=4, stride=4),
         "prefix": Component("class_token") if has_prefix else None,

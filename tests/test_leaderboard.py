@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
@@ -32,14 +32,12 @@ def dominates(a: np.ndarray, b: np.ndarray) -> bool:
     return bool((a <= b).all() and (a < b).any())
 
 
-@settings(deadline=None)
 @given(costs)
 def test_the_front_is_what_nothing_dominates(points):
     expected = [not any(dominates(other, point) for other in points) for point in points]
     assert pareto_front(points).tolist() == expected
 
 
-@settings(deadline=None)
 @given(costs)
 def test_a_network_that_dominates_another_ranks_above_it(points):
     ranks = mean_ranks(points)
