@@ -22,24 +22,30 @@ settings.register_profile("tests", deadline=None, derandomize=True, print_blob=T
 settings.load_profile("tests")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
+    if hasattr(config, "workerinput"):
+        _group_for_parallel_run(items)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 
-@pytest.fixture(scope="module")
-def one_thread():
+def _group_for_parallel_run(items: list[pytest.Item]) -> None:
+    """The tests of a file share its fixtures and stay in one process; the slow ones take longest and start first."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{'_slow' if item.get_closest_marker('slow') else ''}"))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
     """Equal bits need an equal number of threads, and tiny networks run no faster on more."""
     import torch
 
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
