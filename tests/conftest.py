@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -71,3 +74,19 @@ def run_command(
     """`search/run.py ARGS` in its own process, as a user would run it."""
     command = [sys.executable, str(REPOSITORY / "search" / "run.py"), *map(str, args)]
     return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def run_here(main: Callable[[list[str]], int], *args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command line `main` with ARGS in this process: for what needs no process of its own, it saves the imports."""
+    out, err = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(arg) for arg in args])
+        except SystemExit as left:  # argparse
+            status = left.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    assert isinstance(status, int)
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
