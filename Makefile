@@ -6,7 +6,10 @@ INSTALLED = $(VENV)/installed
 # results/reports/ablations_cifar10_202611.md: four trials share a GPU
 CIFAR_FLAGS = --seeds 9 --epochs 30 --robustness --gpus 0.25
 
-.PHONY: help setup search ablations smoke leaderboard mlflow test lint bench gpu-check clean
+# two processes, each with whole files of tests, the slow tests first
+IN_PARALLEL = -n 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: help setup search ablations smoke leaderboard mlflow check test lint bench gpu-check clean
 
 help: ## these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -34,8 +37,11 @@ leaderboard: setup ## the leaderboard of the main job
 mlflow: setup ## MLflow on the default store, in the browser
 	$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --port 5000
 
-test: setup ## the whole test suite
-	$(BIN)/python -m pytest
+check: lint ## while developing: lint, types, and the tests without those that start Ray (three minutes)
+	$(BIN)/python -m pytest -m 'not slow' $(IN_PARALLEL)
+
+test: setup ## the whole test suite (fifteen minutes on two cores)
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 lint: setup ## ruff and the type checker
 	$(BIN)/ruff check .

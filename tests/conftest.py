@@ -1,14 +1,18 @@
-"""Shared by all tests: no network, no telemetry, and Ray clusters of their own."""
+"""Shared by all tests: no network, no telemetry, no draw of chance, and Ray clusters of their own."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -16,25 +20,35 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("RAY_ADDRESS", None)
 
+# Examples follow from the test alone: what has passed passes again, on a loaded machine too.
+settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("tests")
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
+    if hasattr(config, "workerinput"):
+        _group_for_parallel_run(items)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 
-@pytest.fixture(scope="module")
-def one_thread():
+def _group_for_parallel_run(items: list[pytest.Item]) -> None:
+    """The tests of a file share its fixtures and stay in one process; the slow ones take longest and start first."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{'_slow' if item.get_closest_marker('slow') else ''}"))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
     """Equal bits need an equal number of threads, and tiny networks run no faster on more."""
     import torch
 
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +74,19 @@ def run_command(
     """`search/run.py ARGS` in its own process, as a user would run it."""
     command = [sys.executable, str(REPOSITORY / "search" / "run.py"), *map(str, args)]
     return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def run_here(main: Callable[[list[str]], int], *args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command line `main` with ARGS in this process: for what needs no process of its own, it saves the imports."""
+    out, err = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(arg) for arg in args])
+        except SystemExit as left:  # argparse
+            status = left.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    assert isinstance(status, int)
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())

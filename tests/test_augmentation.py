@@ -45,7 +45,6 @@ def test_nothing_to_do_is_normalisation():
     assert torch.equal(augment(pictures(2), draws_of(2)), normalise(pictures(2)))
 
 
-@settings(deadline=None)
 @given(st.integers(-4, 4), st.integers(-4, 4), st.booleans())
 def test_an_image_is_cropped_from_its_reflection_and_mirrored(down, right, is_flipped):
     image = pictures(1, 32)
@@ -71,7 +70,7 @@ def test_the_given_images_are_not_changed():
 
 
 @given(seed=st.integers(0, 99), epoch=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_draws_are_of_seed_epoch_and_image(seed, epoch):
     recipe = dataclasses.replace(RECIPE, seed=seed)
     draws, again, longer = (columns(draw(recipe, epoch, num_images=number, img_size=32)) for number in (40, 40, 60))

@@ -8,9 +8,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, run_command
+from conftest import REPOSITORY, run_command, run_here
 
-from search.run import parse_recipe, parse_study
+from search.run import main, parse_recipe, parse_study
 from search.studies.ablations import AblationOptions
 from space.recipe import Recipe
 
@@ -38,7 +38,7 @@ def test_help_is_there_and_imports_nothing_heavy(tmp_path: Path, arguments: list
 
 
 def test_describe_gives_exact_integers_that_add_up(tmp_path: Path):
-    described = json.loads(run_command("describe", "deit_small", "--json", cwd=tmp_path).stdout)
+    described = json.loads(run_here(main, "describe", "deit_small", "--json", cwd=tmp_path).stdout)
     assert described.keys() == {"digest", "params", "macs", "fvcore_macs", "parts", "spec"}
     assert (described["params"], described["macs"], described["fvcore_macs"]) == (22_050_664, 4_598_882_304, 4_608_338_304)
     for count in ("params", "macs", "fvcore_macs"):
@@ -46,17 +46,18 @@ def test_describe_gives_exact_integers_that_add_up(tmp_path: Path):
 
 
 def test_a_described_spec_is_found_again_by_its_file(tmp_path: Path):
-    described = json.loads(run_command("describe", SEED, "--json", cwd=tmp_path).stdout)
+    described = json.loads(run_here(main, "describe", SEED, "--json", cwd=tmp_path).stdout)
     (tmp_path / "spec.json").write_text(json.dumps(described["spec"]))
-    again = json.loads(run_command("describe", "spec.json", "--json", cwd=tmp_path).stdout)
+    again = json.loads(run_here(main, "describe", "spec.json", "--json", cwd=tmp_path).stdout)
     assert again == described
 
 
 def test_evaluate_measures_one_model_now(tmp_path: Path):
-    spec = json.loads(run_command("describe", SEED, "--json", cwd=tmp_path).stdout)["spec"]
-    (tmp_path / "small.json").write_text(json.dumps({**spec, "img_size": 64}))
-    flags = ["--evaluators", "as_vit,cost", "--seed", "3", "--set", "as_vit.mode=reference", "--set", "as_vit.num_repeats=2", "--json"]
-    first, second = (run_command("evaluate", "small.json", *flags, cwd=tmp_path) for _ in range(2))
+    spec = json.loads(run_here(main, "describe", SEED, "--json", cwd=tmp_path).stdout)["spec"]
+    (tmp_path / "small.json").write_text(json.dumps({**spec, "img_size": 32}))
+    flags = ["small.json", "--evaluators", "as_vit,cost", "--seed", "3", "--set", "as_vit.mode=reference", "--json"]
+    flags += ["--set", "as_vit.num_repeats=2", "--set", "as_vit.num_angles=2", "--set", "as_vit.ntk_batch_size=2"]
+    first, second = run_command("evaluate", *flags, cwd=tmp_path), run_here(main, "evaluate", *flags, cwd=tmp_path)
     measured = json.loads(first.stdout)
     assert measured.keys() == {"digest", "values", "elapsed_s", "device", "versions", "seed"}
     assert measured["seed"] == 3
@@ -102,12 +103,19 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_gets_one_clear_line_and_status_2(tmp_path: Path, arguments: list[str], words: str):
-    done = run_command(*arguments, cwd=tmp_path)
+    done = run_here(main, *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert words in done.stderr
-    assert "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if "error:" in line]) == 1
     assert not (tmp_path / "runs" / "work").exists()
+
+
+def test_the_process_ends_with_the_status_and_the_line_alone(tmp_path: Path):
+    arguments, words = MISTAKES["unknown study"]
+    done = run_command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {words}")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_study_explains_its_own_flags(tmp_path: Path):
@@ -142,9 +150,9 @@ def test_evaluate_trains_one_model_with_a_recipe(tmp_path: Path):
 
 
 def test_an_unknown_component_of_a_spec_file_is_named_with_the_nearest(tmp_path: Path):
-    spec = json.loads(run_command("describe", "deit_tiny", "--json", cwd=tmp_path).stdout)["spec"]
+    spec = json.loads(run_here(main, "describe", "deit_tiny", "--json", cwd=tmp_path).stdout)["spec"]
     (tmp_path / "typo.json").write_text(json.dumps({**spec, "pooling": ["clas_token"]}))
-    done = run_command("describe", "typo.json", cwd=tmp_path)
+    done = run_here(main, "describe", "typo.json", cwd=tmp_path)
     assert done.returncode == 2
     assert "did you mean 'class_token'?" in done.stderr
 
@@ -153,10 +161,9 @@ def test_a_tracking_server_that_does_not_answer_is_named(tmp_path: Path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    done = run_command("smoke", "--tracking-uri", f"http://127.0.0.1:{port}", cwd=tmp_path)
+    done = run_here(main, "smoke", "--tracking-uri", f"http://127.0.0.1:{port}", cwd=tmp_path)
     assert done.returncode == 2
     assert f"http://127.0.0.1:{port}" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_the_script_is_executable_as_it_stands():

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from space.component import KINDS, POSITIVE, AttentionTap, Choice, Cost, TokenShape, component, components, declaration
+from space.component import KINDS, POSITIVE, AttentionTap, Choice, Cost, ImageShape, TokenShape, component, components, declaration
 from space.components.attention import from_windows, to_windows
 from space.components.position import sincos_2d
 from space.cost import cost
@@ -20,7 +21,7 @@ from space.fvcore_count import fvcore_macs
 from space.layout import layout
 from space.model import decay_exempt, exponent_parameters, supports_class_row
 from space.registry import SpecError
-from space.spec import ArchSpec, BlockSpec, Component, StageSpec, full_choices
+from space.spec import ArchSpec, BlockSpec, Component, StageSpec, canonical, full_choices
 from space.vit import build, initialize
 
 
@@ -43,13 +44,16 @@ CASES = list(offered_components())
 EVERY = pytest.mark.parametrize(("kind", "part"), CASES, ids=[f"{kind}-{part!r}" for kind, part in CASES])
 
 
-def host(kind: str, part: Component) -> ArchSpec:
-    """A network of two small stages with `part` in its place, and with the prefix that it needs."""
+IMG_SIZES = (32, 64, 128, 224)
+
+
+def network(kind: str, part: Component, img_size: int) -> ArchSpec:
+    """A network of two small blocks at `img_size` pixels with `part` in its place, and with the class token that it needs."""
     declared = declaration(kind, part.name)
-    needs_prefix = kind == "prefix" or declared.needs_class_token or declared.attention_tap
+    has_prefix = kind == "prefix" or declared.needs_class_token or declared.attention_tap == AttentionTap.CLASS_ROW
     parts: dict[str, Any] = {
         "patch_embed": Component("conv", kernel=4, stride=4),
-        "prefix": Component("class_token") if needs_prefix else None,
+        "prefix": Component("class_token") if has_prefix else None,
         "position": Component("learned"),
         "pooling": Component("mean"),
     }
@@ -61,19 +65,39 @@ def host(kind: str, part: Component) -> ArchSpec:
     downsampling = parts.pop("downsampling", Component("patch_merging", kernel=2))
     first = BlockSpec(**in_block)
     last = BlockSpec(mixer=Component("attention", num_heads=1, head_dim=4), feed_forward=in_block["feed_forward"])
-    if needs_prefix or kind == "patch_embed":
+    # Patch merging needs a grid with two sides of even length and no prefix tokens.
+    if kind != "downsampling" and (has_prefix or kind in ("patch_embed", "token_reduction")):
         stages = (StageSpec(embed_dim=48, blocks=(first, last)),)
     else:
         stages = (StageSpec(embed_dim=24, blocks=(first,), downsampling=downsampling), StageSpec(embed_dim=48, blocks=(last,)))
-    return ArchSpec(stages=stages, img_size=32, num_classes=7, **parts)
+    return ArchSpec(stages=stages, img_size=img_size, num_classes=7, **parts)
 
 
-def images(batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+def host(kind: str, part: Component) -> ArchSpec:
+    """The network of the smallest image size that the values of `part` fit."""
+    reasons = []
+    for img_size in IMG_SIZES:
+        spec = network(kind, part, img_size)
+        try:
+            layout(spec)
+        except SpecError as error:
+            reasons.append(f"{img_size} px: {error}")
+        else:
+            return spec
+    raise AssertionError("\n".join([f"no network holds {kind} {part!r}", *reasons]))
+
+
+def images(img_size: int = 32, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, img_size, img_size, generator=torch.Generator().manual_seed(1))
 
 
 def built(spec: ArchSpec):
     return build(spec, generator=torch.Generator().manual_seed(0)).eval()
+
+
+@EVERY
+def test_the_network_that_is_checked_holds_the_component(kind: str, part: Component):
+    assert (kind, canonical(kind, part)) in {(placed.kind, placed.component) for placed in layout(host(kind, part))}
 
 
 @EVERY
@@ -82,7 +106,7 @@ def test_a_component_puts_out_the_shape_it_declares(kind: str, part: Component):
     model, seen = built(spec), {}
     for path, module in model.named_modules():
         module.register_forward_hook(lambda _, __, output, path=path: seen.update({path: output}))
-    model(images())
+    model(images(spec.img_size))
     for placed in layout(spec):
         output = seen[placed.path]
         output = output[0] if isinstance(output, tuple) else output
@@ -96,15 +120,17 @@ def test_a_component_puts_out_the_shape_it_declares(kind: str, part: Component):
 
 @EVERY
 def test_the_gradient_reaches_every_parameter(kind: str, part: Component):
-    model = built(host(kind, part)).train()
-    (model(images()) * torch.linspace(-1, 2, 7)).sum().backward()
+    spec = host(kind, part)
+    model = built(spec).train()
+    (model(images(spec.img_size)) * torch.linspace(-1, 2, 7)).sum().backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert not without
 
 
 @EVERY
 def test_samples_do_not_see_each_other_in_evaluation(kind: str, part: Component):
-    model, x = built(host(kind, part)), images(3)
+    spec = host(kind, part)
+    model, x = built(spec), images(spec.img_size, batch=3)
     with torch.no_grad():
         before = model(x)
         x[1] = x[1].flip(-1) * 2
@@ -118,10 +144,11 @@ def test_evaluation_is_deterministic_and_the_state_is_all_there_is(kind: str, pa
     spec = host(kind, part)
     model, other = built(spec), build(spec, generator=torch.Generator().manual_seed(5)).eval()
     other.load_state_dict(model.state_dict())
+    x = images(spec.img_size)
     with torch.no_grad():
-        first = model(images())
-        assert torch.equal(model(images()), first)
-        assert torch.equal(other(images()), first)
+        first = model(x)
+        assert torch.equal(model(x), first)
+        assert torch.equal(other(x), first)
 
 
 @EVERY
@@ -151,6 +178,114 @@ def test_counts_are_those_of_the_built_network(kind: str, part: Component):
     for placed in layout(spec):
         own = sum(parameter.numel() for parameter in model.get_submodule(placed.path).parameters())
         assert placed.module_class.cost(placed.shape, **placed.arguments).params == own, placed.path
+
+
+@EVERY
+def test_parameters_named_for_the_optimizer_exist(kind: str, part: Component):
+    model = built(host(kind, part))
+    names = dict(model.named_parameters()).keys()
+    assert decay_exempt(model) <= names
+    assert exponent_parameters(model) <= decay_exempt(model)
+
+
+def check_contract(kind: str, part: Component) -> None:
+    """All of the above, of a component that only one test knows."""
+    test_the_network_that_is_checked_holds_the_component(kind, part)
+    test_a_component_puts_out_the_shape_it_declares(kind, part)
+    test_the_gradient_reaches_every_parameter(kind, part)
+    test_samples_do_not_see_each_other_in_evaluation(kind, part)
+    test_evaluation_is_deterministic_and_the_state_is_all_there_is(kind, part)
+    test_initial_weights_are_a_function_of_the_generator_alone(kind, part)
+    test_the_spec_survives_json(kind, part)
+    test_counts_are_those_of_the_built_network(kind, part)
+    test_parameters_named_for_the_optimizer_exist(kind, part)
+
+
+def forget(kind: str, name: str) -> None:
+    del components._parts[kind, name]
+
+
+@pytest.fixture
+def merging_with_class_token() -> Iterator[str]:
+    @component("downsampling", "merging_with_class_token_of_a_test", needs_grid=True, needs_class_token=True)
+    class MergingWithClassToken(nn.Module):
+        """Squares of 2 x 2 patches become one patch, and the prefix tokens get a layer of their own."""
+
+        def __init__(self, shape: TokenShape, *, out_dim: int):
+            super().__init__()
+            self.shape = shape
+            self.merge = nn.Linear(4 * shape.dim, out_dim, bias=False)
+            self.widen = nn.Linear(shape.dim, out_dim, bias=False)
+
+        @staticmethod
+        def output_shape(shape: TokenShape, *, out_dim: int) -> TokenShape:
+            assert shape.grid is not None
+            height, width = shape.grid
+            return shape._replace(dim=out_dim, num_patches=height * width // 4, grid=(height // 2, width // 2))
+
+        @staticmethod
+        def cost(shape: TokenShape, *, out_dim: int) -> Cost:
+            patches = Cost.linear(shape.num_patches // 4, 4 * shape.dim, out_dim, bias=False)
+            return patches + Cost.linear(shape.num_prefix, shape.dim, out_dim, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            prefix, patches = x.split([self.shape.num_prefix, self.shape.num_patches], dim=1)
+            squares = F.pixel_unshuffle(patches.mT.unflatten(2, self.shape.grid), 2).flatten(2).mT
+            return torch.cat([self.widen(prefix), self.merge(squares)], dim=1)
+
+    yield "merging_with_class_token_of_a_test"
+    forget("downsampling", "merging_with_class_token_of_a_test")
+
+
+def test_a_downsampling_that_needs_a_class_token_is_placed_between_two_stages(merging_with_class_token: str):
+    part = Component(merging_with_class_token)
+    check_contract("downsampling", part)
+    assert built(host("downsampling", part)).forward_tokens(images()).shape == (2, 1 + 16, 48)
+
+
+@pytest.fixture
+def coarse_patches() -> Iterator[str]:
+    @component(
+        "patch_embed",
+        "coarse_patches_of_a_test",
+        choices={name: Choice(offered=(32,), allowed=POSITIVE) for name in ("kernel", "stride")},
+    )
+    class CoarsePatches(nn.Conv2d):
+        """A strided convolution that gives at least 2 x 2 patches."""
+
+        def __init__(self, shape: ImageShape, *, kernel: int, stride: int, out_dim: int):
+            super().__init__(shape.in_chans, out_dim, kernel, stride)
+
+        @staticmethod
+        def output_shape(shape: ImageShape, *, kernel: int, stride: int, out_dim: int) -> TokenShape:
+            height, width = ((size - kernel) // stride + 1 for size in (shape.height, shape.width))
+            if min(height, width) < 2:
+                raise SpecError(f"an image of {shape.height}x{shape.width} pixels has fewer than 2x2 patches")
+            return TokenShape(out_dim, height * width, (height, width))
+
+        @staticmethod
+        def cost(shape: ImageShape, *, kernel: int, stride: int, out_dim: int) -> Cost:
+            num_patches = CoarsePatches.output_shape(shape, kernel=kernel, stride=stride, out_dim=out_dim).num_patches
+            return Cost.linear(num_patches, kernel * kernel * shape.in_chans, out_dim)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).flatten(2).mT
+
+    yield "coarse_patches_of_a_test"
+    forget("patch_embed", "coarse_patches_of_a_test")
+
+
+def test_values_that_do_not_fit_32_px_are_checked_in_a_larger_image(coarse_patches: str):
+    part = Component(coarse_patches, kernel=32, stride=32)
+    assert host("patch_embed", part).img_size == 64
+    check_contract("patch_embed", part)
+
+
+def test_a_component_that_fits_no_image_is_named(coarse_patches: str):
+    with pytest.raises(
+        AssertionError, match=r"patch_embed coarse_patches_of_a_test\(kernel=200, stride=200\)(.|\n)*224 px: .* 2x2 patches"
+    ):
+        host("patch_embed", Component(coarse_patches, kernel=200, stride=200))
 
 
 @pytest.fixture
@@ -186,30 +321,22 @@ def top_k() -> Iterator[str]:
             return self.gain(torch.cat([x[:, :1], patches], dim=1))
 
     yield "top_k_of_a_test"
-    del components._parts["token_reduction", "top_k_of_a_test"]
+    forget("token_reduction", "top_k_of_a_test")
 
 
 def test_a_token_reduction_that_reads_the_class_row_is_one_class(top_k: str):
     part = Component(top_k, keep=8)
-    for check in (
-        test_a_component_puts_out_the_shape_it_declares,
-        test_the_gradient_reaches_every_parameter,
-        test_samples_do_not_see_each_other_in_evaluation,
-        test_evaluation_is_deterministic_and_the_state_is_all_there_is,
-        test_the_spec_survives_json,
-        test_counts_are_those_of_the_built_network,
-    ):
-        check("token_reduction", part)
+    check_contract("token_reduction", part)
     spec = host("token_reduction", part)
     assert built(spec).forward_tokens(images()).shape == (2, 1 + 8, 48)
     with pytest.raises(SpecError, match="keep is 80; there are 64 patches"):
-        cost(host("token_reduction", Component(top_k, keep=80)))
+        cost(network("token_reduction", Component(top_k, keep=80), img_size=32))
 
 
 def test_a_tap_that_the_mixer_does_not_offer_is_refused(monkeypatch: pytest.MonkeyPatch, top_k: str):
     attention: Any = components.get("mixer", "attention")
     monkeypatch.setattr(attention, "declaration", dataclasses.replace(attention.declaration, offers_tap=AttentionTap.NONE))
-    spec = host("token_reduction", Component(top_k, keep=6))
+    spec = network("token_reduction", Component(top_k, keep=6), img_size=32)
     with pytest.raises(SpecError, match="reads an attention tap of level CLASS_ROW; mixer 'attention' offers NONE"):
         cost(spec)
 
@@ -250,14 +377,6 @@ def test_there_is_no_class_row_where_the_last_block_taps_more(monkeypatch: pytes
         monkeypatch.setattr(cls, "declaration", dataclasses.replace(cls.declaration, **{field: AttentionTap.COLUMN_SUMS}))  # type: ignore[attr-defined]
     reason = "the token reduction of the last block reads an attention tap of level COLUMN_SUMS"
     assert supports_class_row(reducing(1, Component(top_k, keep=6))) == reason
-
-
-@EVERY
-def test_parameters_named_for_the_optimizer_exist(kind: str, part: Component):
-    model = built(host(kind, part))
-    names = dict(model.named_parameters()).keys()
-    assert decay_exempt(model) <= names
-    assert exponent_parameters(model) <= decay_exempt(model)
 
 
 def module(kind: str, part: Component, shape: TokenShape) -> nn.Module:

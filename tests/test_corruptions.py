@@ -74,7 +74,7 @@ def test_counts_are_the_nearest_whole_cells_and_never_twice_the_same():
     assert cell_counts(MIX_SHARES, 4) == (0, 1, 2)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seeds, grids, st.data())
 def test_a_mixed_image_has_exactly_so_many_cells_of_its_partner_and_the_rest_of_its_own(seed, grid, data):
     num_replaced = data.draw(st.integers(0, grid**2))
@@ -86,7 +86,7 @@ def test_a_mixed_image_has_exactly_so_many_cells_of_its_partner_and_the_rest_of_
     assert (from_partner.sum(dim=1) == num_replaced).all()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seeds, grids, st.data())
 def test_a_dropped_cell_is_zero_and_a_kept_one_untouched(seed, grid, data):
     num_dropped = data.draw(st.integers(0, grid**2))
@@ -97,7 +97,7 @@ def test_a_dropped_cell_is_zero_and_a_kept_one_untouched(seed, grid, data):
     assert torch.equal(dropped[~is_zero], cells(own, grid)[~is_zero])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seeds, grids)
 def test_what_is_replaced_at_one_level_is_replaced_at_the_next(seed, grid):
     own, partners, order = pictures(seed), pictures(seed + 1, sign=-1), orders(grid, seed)
@@ -110,7 +110,7 @@ def test_what_is_replaced_at_one_level_is_replaced_at_the_next(seed, grid):
     assert torch.equal(drop_cells(own, order, 0), own)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seeds, grids)
 def test_a_permutation_moves_whole_tiles_to_where_its_order_says(seed, grid):
     own, order = pictures(seed), orders(grid, seed)
@@ -119,7 +119,7 @@ def test_a_permutation_moves_whole_tiles_to_where_its_order_says(seed, grid):
         assert torch.equal(moved[image], tiles[image, order[image]])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seeds, grids)
 def test_a_permutation_keeps_the_pixels_of_every_channel(seed, grid):
     own = pictures(seed)
@@ -132,7 +132,7 @@ def test_one_tile_is_the_image_itself():
     assert torch.equal(permute_tiles(own, orders(1, 0)), own)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seeds, st.lists(st.integers(0, 10**7), min_size=1, max_size=20), st.integers(0, 20))
 def test_an_order_depends_on_the_seed_the_name_and_the_image_alone(seed, ids, split):
     together = random_orders(np.array(ids), 16, seed=seed, name="drop")
@@ -154,7 +154,7 @@ def test_every_cell_comes_first_equally_often():
     assert ((counts - 250).abs() < 5 * 15.3).all()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seeds, st.lists(st.integers(0, 3), min_size=2, max_size=30), st.data())
 def test_a_partner_is_a_test_image_of_another_class_whatever_the_batch(seed, labels, data):
     labels = np.array(labels)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -100,7 +100,6 @@ def test_classes_and_labels_are_those_of_timms_reader(tmp_path, scheme):
     assert dict(zip(filenames, targets, strict=True)) == dict(zip(dataset.names, dataset.labels, strict=True))
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(max_size=8), max_size=6))
 def test_the_natural_order_is_timms(names):
     from timm.utils.misc import natural_key as timms_key
@@ -220,7 +219,6 @@ def test_unusable_sets_are_refused_with_the_reason(tmp_path, files, words):
     assert str(tmp_path / "images") in str(refusal.value)
 
 
-@settings(deadline=None)
 @given(
     num_images=st.integers(20, 80),
     num_classes=st.integers(2, 6),
@@ -245,7 +243,6 @@ def test_copies_never_lie_in_two_parts_of_our_split(num_images, num_classes, num
         assert not set(copies[test]) & set(copies[np.concatenate((train, val))])
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=8))
 def test_every_class_is_cut_in_proportion_and_trained_on(sizes):
     labels = np.repeat(np.arange(len(sizes)), sizes)

@@ -114,7 +114,7 @@ def test_a_failure_that_would_repeat_settles_its_point_and_another_is_tried_agai
     assert Grid(points(1, 2)).next_batch(study) == points(2)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.lists(st.integers(1, 6), unique=True), min_size=1, max_size=4))
 def test_the_total_is_what_is_complete_in_the_end(tmp_path_factory, lists: list[list[int]]):
     study, folder = new_study(), tmp_path_factory.mktemp("grid")

@@ -256,3 +256,10 @@ def test_the_smallest_sum_of_dense_ranks_wins():
 def test_a_tie_goes_to_the_better_in_the_objective_that_differs_more(values: list[tuple[float, float]], winner: int):
     trials = [trial_of(number, *both) for number, both in enumerate(values)]
     assert numbers(best_by_ranks(trials, GOALS)) == [winner]
+
+
+def test_the_objective_that_breaks_a_tie_is_found_over_all_candidates():
+    # Ranks by distortion: 0, 1, 2; by condition: 1, 0, 2. The first two tie, and condition differs more between them:
+    # 11/10 against 20/19. Distortion differs more over all three: 19/20 against 2/12.
+    trials = [trial_of(0, 20.0, 11.0), trial_of(1, 19.0, 10.0), trial_of(2, 1.0, 12.0)]
+    assert numbers(best_by_ranks(trials, GOALS)) == [0]

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from conftest import run_here
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 import results.page as page
-from results.leaderboard import LeaderboardError, attach_leaderboard, load, load_results, markdown, write_html
+from results.leaderboard import LeaderboardError, attach_leaderboard, load, load_results, main, markdown, write_html
 from results.pareto import mean_ranks, pareto_front
 from results.paths import RunPaths, default_runs
 from results.records import Failure, Measurement, Metric
@@ -32,14 +33,12 @@ def dominates(a: np.ndarray, b: np.ndarray) -> bool:
     return bool((a <= b).all() and (a < b).any())
 
 
-@settings(deadline=None)
 @given(costs)
 def test_the_front_is_what_nothing_dominates(points):
     expected = [not any(dominates(other, point) for other in points) for point in points]
     assert pareto_front(points).tolist() == expected
 
 
-@settings(deadline=None)
 @given(costs)
 def test_a_network_that_dominates_another_ranks_above_it(points):
     ranks = mean_ranks(points)
@@ -95,11 +94,6 @@ def runs_dir(tmp_path_factory) -> Path:
     return root
 
 
-def leaderboard(*arguments: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "results.leaderboard", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False)
-
-
 def test_every_measurement_has_one_row_with_its_rank_and_front(runs_dir):
     frame = load(RunPaths(runs_dir).mlflow_uri, "as_vit")
     topology = frame[frame["phase"] == "topology"]
@@ -139,9 +133,10 @@ def test_a_bar_in_a_label_does_not_break_the_description(runs_dir):
 
 
 def test_the_command_prints_a_table_and_writes_its_files(runs_dir, tmp_path):
-    done = leaderboard(
-        "as_vit", "--top", 5, "--csv", "out/a.csv", "--html", "a.html", "--png", "a.png", cwd=tmp_path, VITSCALE_RUNS=str(runs_dir)
-    )
+    files = ["--csv", "out/a.csv", "--html", "a.html", "--png", "a.png"]
+    command = [sys.executable, "-m", "results.leaderboard", "as_vit", "--top", "5", *files]
+    environment = {**os.environ, "VITSCALE_RUNS": str(runs_dir)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.split("\n"))) <= 120
     assert "12 measured" in done.stdout
@@ -175,7 +170,7 @@ def test_a_huge_table_is_cut_and_says_so(runs_dir, monkeypatch):
 
 @pytest.mark.parametrize("phase", ["growth", "grwth"])
 def test_one_phase_can_be_asked_for(runs_dir, tmp_path, phase):
-    done = leaderboard("as_vit", "--phase", phase, "--runs", runs_dir, cwd=tmp_path)
+    done = run_here(main, "as_vit", "--phase", phase, "--runs", runs_dir, cwd=tmp_path)
     if phase == "growth":
         assert done.returncode == 0
         assert "as_vit/topology" not in done.stdout
@@ -185,7 +180,7 @@ def test_one_phase_can_be_asked_for(runs_dir, tmp_path, phase):
 
 
 def test_an_unknown_study_is_answered_with_the_nearest(runs_dir, tmp_path):
-    done = leaderboard("as_vitt", "--runs", runs_dir, cwd=tmp_path)
+    done = run_here(main, "as_vitt", "--runs", runs_dir, cwd=tmp_path)
     assert done.returncode == 2
     assert "no study 'as_vitt'" in done.stderr
     assert "did you mean 'as_vit'" in done.stderr
@@ -193,7 +188,7 @@ def test_an_unknown_study_is_answered_with_the_nearest(runs_dir, tmp_path):
 
 
 def test_a_missing_store_is_said_and_not_created(tmp_path):
-    done = leaderboard("as_vit", cwd=tmp_path)
+    done = run_here(main, "as_vit", cwd=tmp_path)
     assert done.returncode == 2
     assert f"no MLflow store at {tmp_path}/runs/mlflow.db" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -208,7 +203,7 @@ def test_a_study_without_measurements_has_an_empty_leaderboard(runs_dir, tmp_pat
     tracker.close("FAILED")
     assert results.phases == []
     assert len(results.frame) == 0
-    assert "no finished trial yet (1 failed)" in leaderboard("empty", "--runs", runs_dir, cwd=tmp_path).stdout
+    assert "no finished trial yet (1 failed)" in run_here(main, "empty", "--runs", runs_dir, cwd=tmp_path).stdout
 
 
 def test_an_unreachable_server_is_one_error():

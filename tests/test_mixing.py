@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from timm.data.mixup import mixup_target
@@ -234,7 +234,6 @@ def test_all_cells_own_is_identity_and_none_is_a_full_swap(cell_size):
     assert torch.equal(grid_mix(images, torch.zeros(4, grid, grid, dtype=torch.bool), partner, cell_size), images[partner])
 
 
-@settings(deadline=None)
 @given(grid=st.integers(1, 9), share=st.floats(0, 1), seed=st.integers(0, 2**64 - 1))
 def test_every_image_has_exactly_k_cells(grid, share, seed):
     k = round(share * grid**2)
@@ -280,7 +279,6 @@ def test_patch_mixing_k_is_the_nearest_in_1_to_n_minus_1_and_unbiased(n):
 
 
 @pytest.mark.parametrize("rule", ["ceil", "round", "uniform"])
-@settings(deadline=None)
 @given(r=st.floats(0, 1, exclude_max=True), n=st.integers(4, 4096))
 def test_k_never_swaps_an_image_whole(rule, r, n):
     assert 1 <= cell_count(r, n, rule) <= (n if rule == "ceil" else n - 1)
@@ -408,7 +406,6 @@ def test_token_shares_of_cropped_cells_are_those_of_the_released_code():
     assert torch.equal(token_shares(own, 12, 32, 64), expected)
 
 
-@settings(deadline=None)
 @given(img_size=st.integers(4, 40), cell_size=st.integers(1, 20), tokens=st.integers(1, 12), seed=st.integers(0, 99))
 def test_token_shares_are_areas(img_size, cell_size, tokens, seed):
     grid = math.ceil(img_size / cell_size)
@@ -455,7 +452,6 @@ def test_the_labels_weights_are_one_between_them():
     torch.testing.assert_close(attended_share(row, shares) + attended_share(row, 1 - shares), torch.ones(8))
 
 
-@settings(deadline=None)
 @given(
     logits=st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3), min_size=2, max_size=2),
     lam=st.floats(0, 1, width=32),

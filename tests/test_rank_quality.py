@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
@@ -18,7 +18,6 @@ pairs = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, ma
 triples = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=40)
 
 
-@settings(deadline=None)
 @given(pairs)
 def test_tau_is_scipys_with_ties_and_undefined_for_a_constant(values):
     x, y = np.array(values, dtype=float).T
@@ -31,7 +30,6 @@ def test_tau_counts_agreeing_minus_disagreeing_pairs():
     assert kendall_tau([1, 2, 3], [3, 2, 1]) == -1
 
 
-@settings(deadline=None)
 @given(triples)
 def test_a_resample_has_the_taus_of_the_networks_it_drew(values):
     x, y, z = np.array(values, dtype=float).T

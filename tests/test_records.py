@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from results.records import Failure, Measurement, outcome_from_json, outcome_to_json, write_json_atomically
@@ -24,7 +24,6 @@ measurements = st.builds(
 failures = st.builds(Failure, kind=st.sampled_from(["error", "timeout", "lost"]), message=st.text(), traceback=st.text(), elapsed_s=numbers)
 
 
-@settings(deadline=None)
 @given(st.one_of(measurements, failures))
 def test_an_outcome_survives_json(outcome):
     assert outcome_from_json(json.loads(json.dumps(outcome_to_json(outcome)))) == outcome

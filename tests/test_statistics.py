@@ -135,7 +135,7 @@ def test_what_has_no_interval_is_refused(differences: np.ndarray, reason: str):
         paired_bootstrap(differences, seed=0)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(exact_values, st.sampled_from(["two-sided", "greater", "less"]))
 def test_sign_flips_are_scipys_exact_permutation_test(values, alternative):
     found = sign_flip_test(values, alternative=alternative)

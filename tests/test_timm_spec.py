@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -39,7 +39,6 @@ specs = st.builds(
 
 
 @given(specs)
-@settings(deadline=None)
 def test_json_and_pickle_give_the_same_spec(spec: TimmSpec):
     again = TimmSpec.from_json(json.loads(json.dumps(spec.to_json())))
     assert again == spec == pickle.loads(pickle.dumps(spec))

@@ -4,9 +4,14 @@ Round by round, one block is added to one of the four stages and the width is sc
 combination is scored without training on a proxy a quarter as wide, and the best becomes the parent of the next round.
 The winners, from the seed on, are the scaled family.
 
-Deviations from the released code: a tie is broken among all tied candidates in the objective's own direction (the code
-compares two and takes the worse); the seed is measured too, as round 0; duplicate widths are left out; and growth ends
-when no candidate fits `max_params`, while the code also stops once 80 M parameters are reached.
+A tie of ranks goes to the better candidate in one objective: as in the released code, the one with the largest relative
+range over all candidates of the round, tied or not.
+
+Deviations from the released code: the tie is broken among all tied candidates in the objective's own direction (the code
+compares the first two and takes the smaller score, also where larger is better); the range is taken relative to the largest
+magnitude (the code divides by the largest score, which may be zero or negative); the seed is measured too, as round 0;
+duplicate widths are left out; and growth ends when no candidate fits `max_params`, while the code also stops once 80 M
+parameters are reached.
 """
 
 from __future__ import annotations
@@ -49,15 +54,15 @@ def grown(parent: Size, ratios: Sequence[float]) -> tuple[Size, ...]:
 
 
 def best_by_ranks(trials: Sequence[FrozenTrial], goals: Sequence[Metric]) -> list[FrozenTrial]:
-    """The trials of the smallest sum of dense ranks, cut down to those best in the objective that tells them apart most.
+    """The trials of the smallest sum of dense ranks, cut down to those best in the objective that differs most.
 
-    That objective is the one with the largest range over the tied, relative to its largest magnitude there.
+    That objective is the one with the largest range over all of `trials`, relative to its largest magnitude there.
     """
     losses = np.array([[-value if goal.goal == "maximize" else value for value, goal in zip(t.values, goals, strict=True)] for t in trials])
     ranks = sum(np.unique(column, return_inverse=True)[1] for column in losses.T)
     tied = np.flatnonzero(ranks == np.min(ranks))
-    magnitude = np.abs(losses[tied]).max(axis=0)
-    relative_range = np.ptp(losses[tied], axis=0) / np.where(magnitude > 0, magnitude, 1.0)
+    magnitude = np.abs(losses).max(axis=0)
+    relative_range = np.ptp(losses, axis=0) / np.where(magnitude > 0, magnitude, 1.0)
     decisive = losses[tied, int(relative_range.argmax())]
     return [trials[index] for index in tied[decisive == decisive.min()]]
 
