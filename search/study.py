@@ -22,7 +22,7 @@ from workers.evaluator import Call, evaluators
 if TYPE_CHECKING:
     import optuna
 
-    from results.effects import Design
+    from results.effects.design import Design
 
 SETTINGS_ATTRIBUTE = "settings"
 IDENTITY_ATTRIBUTE = "study_id"

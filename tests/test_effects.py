@@ -12,23 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from results.effects import (
-    TEXT_WIDTH,
-    Cell,
-    Contrast,
-    Design,
-    Predictions,
-    effects_table,
-    effects_text,
-    levels_table,
-    levels_text,
-    published_sources,
-    read_predictions,
-    reading_notes,
-)
-from results.forest import interactive_figure, write_html, write_png
+from results.effects.design import Contrast, Design
+from results.effects.predictions import Cell, Predictions, read_predictions
+from results.effects.statistics import holm
+from results.effects.table import effects_table, levels_table
+from results.effects.text import TEXT_WIDTH, effects_text, levels_text, published_sources, reading_notes
+from results.figures.forest import interactive_figure, write_html, write_png
 from results.records import Metric
-from results.statistics import holm
 
 NUM_IMAGES = 200
 TOP1, NLL = Metric("top1_pct", "maximize"), Metric("nll", "minimize")

@@ -13,19 +13,11 @@ from pathlib import Path
 
 import pytest
 
-import results.tracking as tracking
+import results.mlflow_store as mlflow_store
+from results.mlflow_store import MlflowTracker, archive_experiment, check_tracking, find_candidate, mlflow_client, search_runs
 from results.paths import RunPaths, without_password
 from results.records import Failure, Measurement, Metric
-from results.tracking import (
-    MlflowTracker,
-    NullTracker,
-    TrialRecord,
-    archive_experiment,
-    check_tracking,
-    find_candidate,
-    mlflow_client,
-    search_runs,
-)
+from results.tracking import NullTracker, TrialRecord
 
 OBJECTIVES = {"topology": [Metric("score", "maximize")]}
 MEASURED = Measurement(
@@ -42,7 +34,7 @@ FAILED = Failure(kind="out_of_memory", message="needs 9 GB", traceback="Tracebac
 
 def trial(number: int, **changes) -> TrialRecord:
     record = TrialRecord(
-        study="study",
+        study_name="study",
         phase="topology",
         number=number,
         label=f"net {number}",
@@ -57,7 +49,7 @@ def trial(number: int, **changes) -> TrialRecord:
 def empty_store(tmp_path_factory) -> Path:
     """MLflow takes two seconds to make its tables; each test copies them."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracking._create_sqlite_store(path)
+    mlflow_store._create_sqlite_store(path)
     return path
 
 
@@ -202,7 +194,7 @@ def test_a_trial_interrupted_by_close_goes_on_in_its_own_run(paths):
 
 
 def test_no_run_is_missed_beyond_a_page(paths, monkeypatch):
-    monkeypatch.setattr(tracking, "PAGE_SIZE", 3)
+    monkeypatch.setattr(mlflow_store, "PAGE_SIZE", 3)
     first = make(paths)
     for number in range(10):
         first.open(trial(number))
@@ -274,7 +266,7 @@ def test_nothing_is_created_by_looking(tmp_path):
 
 def test_a_store_appears_whole(tmp_path):
     path = tmp_path / "runs" / "mlflow.db"
-    tracking._create_sqlite_store(path)
+    mlflow_store._create_sqlite_store(path)
     assert [file.name for file in path.parent.iterdir()] == ["mlflow.db"]
     with sqlite3.connect(path) as database:
         assert database.execute("select count(*) from alembic_version").fetchone() == (1,)
@@ -332,14 +324,14 @@ def test_the_files_of_a_trial_are_artifacts_of_its_run(paths, tmp_path):
 
 
 def test_files_go_to_a_store_that_is_no_local_folder_too(paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "_local_folder", lambda uri: None)
+    monkeypatch.setattr(mlflow_store, "_local_folder", lambda uri: None)
     tracker = make(paths)
     tracker.record(trial(0), MEASURED, leave_files(tmp_path / "left"))
     (run,) = runs(paths)
     assert files(paths, run) == {"predictions.npz": "numbers", "plots/curve.svg": "<svg/>"}
-    assert tracking.fetch_artifact(mlflow_client(paths.mlflow_uri), run, "predictions.npz", tmp_path)
+    assert mlflow_store.fetch_artifact(mlflow_client(paths.mlflow_uri), run, "predictions.npz", tmp_path)
     assert (tmp_path / "predictions.npz").read_text() == "numbers"
-    assert not tracking.fetch_artifact(mlflow_client(paths.mlflow_uri), run, "robustness.npz", tmp_path)
+    assert not mlflow_store.fetch_artifact(mlflow_client(paths.mlflow_uri), run, "robustness.npz", tmp_path)
 
 
 def test_a_crash_between_the_files_and_the_end_of_the_run_is_made_good(paths, tmp_path, monkeypatch):
@@ -362,7 +354,7 @@ def test_points_arrive_while_the_trial_runs(paths, monkeypatch):
     tracker.flush()
     (run,) = runs(paths)
     assert not run.data.metrics
-    monkeypatch.setattr(tracking, "FLUSH_INTERVAL_S", 0.0)
+    monkeypatch.setattr(mlflow_store, "FLUSH_INTERVAL_S", 0.0)
     tracker.flush()
     (run,) = runs(paths)
     assert run.info.status == "RUNNING"
@@ -381,5 +373,6 @@ def test_a_run_that_was_open_before_learns_whose_measurement_it_was_given(paths)
 def test_designs_stand_in_the_parent_run_before_any_trial(paths):
     make(paths, designs={"train": {"name": "ablations"}})
     (parent,) = runs(paths, "invocation")
-    assert json.loads(tracking.read_artifact(mlflow_client(paths.mlflow_uri), parent, "designs.json")) == {"train": {"name": "ablations"}}
+    stored = mlflow_store.read_artifact(mlflow_client(paths.mlflow_uri), parent, "designs.json")
+    assert json.loads(stored or "") == {"train": {"name": "ablations"}}
     assert parent.data.tags["designs"] == "train"

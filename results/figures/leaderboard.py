@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from results.figures.style import BEST, FAMILY, FRONT, GREY, GRID, INK, LINE, SOFT, STYLE
+from results.formats import format_value
 from results.pareto import pareto_front, to_minimize
 from results.records import Metric
 
@@ -22,21 +24,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     from matplotlib.axes import Axes
 
-    from results.leaderboard import StudyResults
-
-INK, SOFT, GREY, GRID = "#1b2a3a", "#5a6b7c", "#8aa1b8", "#e6ebf0"
-FRONT, LINE, BEST, FAMILY = "#d1495b", "#1b2a3a", "#f2b134", "#2a8c82"
-STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-"""Of every figure that matplotlib draws here."""
+    from results.study_results import StudyResults
 
 MAX_PLOTTED = 5000
 AXIS_TITLES = {
@@ -124,13 +112,13 @@ def write_png(results: StudyResults, path: Path) -> None:
         if handles:
             figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
         figure.suptitle(
-            f"{results.provenance.study}: {len(results.frame)} measurements on {', '.join(results.provenance.devices) or 'no device'}",
+            f"{results.provenance.study_name}: {len(results.frame)} measurements on {', '.join(results.provenance.devices) or 'no device'}",
             fontsize=13,
             fontweight="bold",
             x=0.01,
             ha="left",
         )
-        figure.savefig(path, format="png", metadata={"Source": results.provenance.study})
+        figure.savefig(path, format="png", metadata={"Source": results.provenance.study_name})
 
 
 def _draw(axis: Axes, panel: Panel) -> None:
@@ -241,8 +229,6 @@ def interactive_figure(row: Sequence[Panel]) -> go.Figure:
 
 def _hover(rows: pd.DataFrame, panel: Panel) -> list[str]:
     from html import escape
-
-    from results.leaderboard import format_value
 
     texts = []
     for row in rows.to_dict("records"):

@@ -9,39 +9,24 @@ from __future__ import annotations
 
 import json
 import tempfile
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from results import robustness_plot
-from results.effects import (
-    TEXT_WIDTH,
-    Cell,
-    CellKey,
-    Contrast,
-    Design,
-    Predictions,
-    TestKey,
-    effects_table,
-    effects_text,
-    format_effect,
-    format_interval,
-    format_mean,
-    levels_table,
-    levels_text,
-    published_sources,
-    read_predictions,
-)
-from results.forest import write_html, write_png
-from results.robustness_plot import Curve
-from results.tracking import DESIGNS_FILE, FINAL_STATUSES, PARENT_TAG, fetch_artifact, read_artifact
+from results.curves import CURVE_NAMES, Curve
+from results.effects.design import Contrast, Design
+from results.effects.predictions import Cell, CellKey, Predictions, read_predictions
+from results.effects.table import TestKey, effects_table, levels_table
+from results.formats import count
+from results.mlflow_store import DESIGNS_FILE, FINAL_STATUSES, PARENT_TAG, StudyRuns, fetch_artifact, read_artifact
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from results.mlflow_store import MlflowClient, Run
 
 EFFECTS_FILE = "effects.csv"
 PREDICTIONS_FILES = ("predictions.npz", "robustness.npz")
@@ -64,7 +49,7 @@ class Effects:
     factors with curves; `notes` name what could not be read.
     """
 
-    study: str
+    study_name: str
     phase: str
     design: Design
     digests: tuple[str, ...]
@@ -75,39 +60,9 @@ class Effects:
     notes: tuple[str, ...] = ()
 
     @property
-    def text(self) -> str:
-        """The levels, and every contrast on the outcomes that contrasts are about; the table has the others too."""
-        outcomes = {contrast.outcome for contrast in self.design.contrasts}
-        own = self.table.loc[[outcome in outcomes for outcome in self.table["outcome"]]]
-        num_others = len(self.table) - len(own)
-        head = "\n".join(textwrap.wrap(f"{self.study}/{self.phase}, effects: {self.registration}", TEXT_WIDTH))
-        hint = f"python -m results.leaderboard {self.study} --html FILE, or {EFFECTS_FILE} of the parent run"
-        others = f"{num_others} {'row' if num_others == 1 else 'rows'} on other outcomes: {hint}\n" if num_others else ""
-        return f"{head}\n\n{levels_text(self.levels)}\n{effects_text(own)}{others}"
-
-    @property
     def is_measured(self) -> bool:
         """Whether any contrast has a seed in all its arms."""
         return bool((self.table["n_seeds"] > 0).any())
-
-    @property
-    def markdown(self) -> str:
-        """The levels on the first outcome and the primary contrasts as tables of Markdown."""
-        outcome = self.design.outcomes[0].name
-        lines = [f"| level | {outcome}, mean ± sd | seeds | missing |", "|---|---:|---:|---|"]
-        for row in self.levels.loc[self.levels["outcome"] == outcome].to_dict("records"):
-            mean = format_mean(row["mean"], row["sd"], row["unit"])
-            lines.append(f"| {row['factor']}: {row['level']} | {mean} | {row['n_seeds']} | {row['missing']} |")
-        lines += ["", "| primary contrast | outcome | effect | 95 % interval | p | seeds | verdict |", "|---|---|---:|---|---:|---:|---|"]
-        for row in self.table.loc[self.table["is_primary"]].to_dict("records"):
-            numbers = ["-", "-", "-"]
-            if row["n_seeds"]:
-                effect = f"{format_effect(row['effect'], row['unit'])} {row['unit']}".rstrip()
-                side = "" if row["alternative"] == "two-sided" else " one-sided"
-                numbers = [effect, format_interval(row["low"], row["high"], row["unit"]), f"{row['p']:.2g}{side}"]
-            cells = [f"{row['factor']}: {row['contrast']}", row["outcome"], *numbers, str(row["n_seeds"]), row["verdict"]]
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join([*lines, "", *(f"- {source}" for source in published_sources(self.table))]).rstrip()
 
     @property
     def registration(self) -> str:
@@ -116,7 +71,7 @@ class Effects:
         for factor, rows in self.table.groupby("factor", sort=False):
             late = rows.loc[rows["num_trials_before"] > 0, "num_trials_before"]
             if len(late):
-                num_trials = "1 trial" if late.max() == 1 else f"up to {late.max()} trials"
+                num_trials = ("up to " if late.max() > 1 else "") + count(late.max(), "trial")
                 parts.append(f"{factor}: {len(late)} of {len(rows)} tests registered after {num_trials} of their arms")
             else:
                 parts.append(f"{factor} registered before its first trial")
@@ -125,29 +80,31 @@ class Effects:
         return "; ".join([*parts, *self.notes])
 
 
-def load_effects(client: Any, study: str, parents: Sequence[Any], trials: Sequence[Any]) -> tuple[Effects, ...]:
-    """The effects of every design; `parents` and `trials` are the study's runs in the order they began.
+def load_effects(runs: StudyRuns) -> tuple[Effects, ...]:
+    """The effects of every design of a study.
 
     An artifact that cannot be read costs what it held and is named: designs in `notes`, a trial in its rows' `missing`.
     """
-    order = {parent.info.run_id: place for place, parent in enumerate(parents)}
-    registered, notes = _read_designs(client, parents)
+    order = {parent.info.run_id: place for place, parent in enumerate(runs.parents)}
+    registered, notes = _read_designs(runs.client, runs.parents)
     found = []
     for phase, designs in registered.items():
-        own = [run for run in trials if run.data.tags.get("phase") == phase and run.info.status in FINAL_STATUSES]
+        own = [run for run in runs.trials if run.data.tags.get("phase") == phase and run.info.status in FINAL_STATUSES]
         finished = [run for run in own if run.info.status == "FINISHED"]
-        cells, absent = read_cells(client, own)
+        cells, absent = read_cells(runs.client, own)
         design = merge_designs(list(designs.values()))
-        before = _num_trials_before(design, designs, [(_cell_key(run), order.get(run.data.tags.get(PARENT_TAG), -1)) for run in finished])
+        before = _num_trials_before(
+            design, designs, [(_cell_key(run), order.get(run.data.tags.get(PARENT_TAG, ""), -1)) for run in finished]
+        )
         found.append(
             Effects(
-                study=study,
+                study_name=runs.study_name,
                 phase=phase,
                 design=design,
                 digests=tuple(dict.fromkeys(one.digest for one in designs.values())),
                 table=effects_table(cells, design, absent=absent, num_trials_before=before),
                 levels=levels_table(cells, design, absent=absent),
-                num_looks=_num_looks(client, parents, finished),
+                num_looks=_num_looks(runs.client, runs.parents, finished),
                 robustness=_robustness(cells, design),
                 notes=notes,
             )
@@ -155,7 +112,7 @@ def load_effects(client: Any, study: str, parents: Sequence[Any], trials: Sequen
     return tuple(found)
 
 
-def _read_designs(client: Any, parents: Sequence[Any]) -> tuple[dict[str, dict[int, Design]], tuple[str, ...]]:
+def _read_designs(client: MlflowClient, parents: Sequence[Run]) -> tuple[dict[str, dict[int, Design]], tuple[str, ...]]:
     """By phase, the designs by the place of the parent that registered them; and which could not be read."""
     registered: dict[str, dict[int, Design]] = {}
     notes = []
@@ -223,7 +180,7 @@ def _is_registered(contrast: Contrast, outcome: str, design: Design, earlier: De
     )
 
 
-def _cell_key(run: Any) -> CellKey | None:
+def _cell_key(run: Run) -> CellKey | None:
     """The cell that a trial is; None if it is none, as a trial that failed before it had parameters."""
     params = run.data.params
     factor = params.get("factor")
@@ -232,7 +189,7 @@ def _cell_key(run: Any) -> CellKey | None:
     return factor, params[factor], int(params["seed"])
 
 
-def read_cells(client: Any, trials: Sequence[Any]) -> tuple[list[Cell], dict[CellKey, str]]:
+def read_cells(client: MlflowClient, trials: Sequence[Run]) -> tuple[list[Cell], dict[CellKey, str]]:
     """The cells among the final trials of a phase, the first finished trial of each, and why others have no predictions."""
     by_number = {int(run.data.tags["trial"]): run for run in trials}
     cells: dict[CellKey, Cell] = {}
@@ -256,7 +213,7 @@ def read_cells(client: Any, trials: Sequence[Any]) -> tuple[list[Cell], dict[Cel
     return list(cells.values()), {key: reason for key, reason in absent.items() if key not in cells}
 
 
-def _read_predictions(client: Any, run: Any) -> Predictions | str:
+def _read_predictions(client: MlflowClient, run: Run) -> Predictions | str:
     """Those of a trial, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -272,7 +229,7 @@ def _reason(error: Exception) -> str:
     return line if type(error) is ValueError and line else f"{type(error).__name__}: {line}"
 
 
-def _num_looks(client: Any, parents: Sequence[Any], finished: Sequence[Any]) -> int:
+def _num_looks(client: MlflowClient, parents: Sequence[Run], finished: Sequence[Run]) -> int:
     """Invocations under which trials ended and after which effects were shown, and the present one."""
     with_trials = [parent for parent in parents if any(run.data.tags.get(PARENT_TAG) == parent.info.run_id for run in finished)]
     return 1 + sum(read_artifact(client, parent, EFFECTS_FILE) is not None for parent in with_trials[:-1])
@@ -285,7 +242,7 @@ def _robustness(cells: Sequence[Cell], design: Design) -> dict[str, RobustnessCu
         own = [cell for cell in cells if cell.factor == factor]
         levels = dict.fromkeys(level for one in design.contrasts if one.factor == factor for level in (one.baseline, *one.levels))
         curves: dict[str, dict[str, Curve]] = {}
-        for name in robustness_plot.PANELS:
+        for name in CURVE_NAMES:
             with_curve = [cell for cell in own if name in cell.predictions.curves]
             for level in levels:
                 steps = with_curve[0].predictions.curves[name][0] if with_curve else np.zeros(0)
@@ -295,32 +252,3 @@ def _robustness(cells: Sequence[Cell], design: Design) -> dict[str, RobustnessCu
         if curves:
             found[factor] = RobustnessCurves(curves=curves, chance_pct=100 / own[0].predictions.num_classes)
     return found
-
-
-def write_files(effects: Sequence[Effects], folder: Path) -> list[Path]:
-    """Of each design: tables of effects and levels, the design, the forest plot and the robustness curves of each factor.
-
-    The names of the first design are plain, those of the others end in their phase; with several factors, those of the curves
-    end in the factor.
-    """
-    files = []
-    for index, one in enumerate(effects):
-        suffix = f"_{one.phase}" if index else ""
-        table, levels, design = folder / f"effects{suffix}.csv", folder / f"levels{suffix}.csv", folder / f"effects{suffix}.json"
-        one.table.to_csv(table, index=False)
-        one.levels.to_csv(levels, index=False)
-        design.write_text(json.dumps(one.design.to_json(), indent=1))
-        files += [table, levels, design]
-        if one.is_measured:
-            png, html = folder / f"forest{suffix}.png", folder / f"forest{suffix}.html"
-            write_png(one.table, png, f"{one.study}/{one.phase}")
-            write_html(one.table, html, f"{one.study}/{one.phase}")
-            files += [png, html]
-        for factor, measured in one.robustness.items():
-            of_factor = f"_{factor}" if len(one.design.factors) > 1 else ""
-            title = f"{one.study}/{one.phase}: robustness, {factor}, mean over seeds with 95 % interval"
-            for write, kind in ((robustness_plot.write_png, "png"), (robustness_plot.write_html, "html")):
-                path = folder / f"robustness{suffix}{of_factor}.{kind}"
-                write(measured.curves, path, title=title, chance_pct=measured.chance_pct)
-                files.append(path)
-    return files

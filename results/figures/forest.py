@@ -13,8 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from results.effects import format_effect, format_interval, format_p
-from results.plots import BEST, FRONT, GREY, GRID, INK, SOFT, STYLE
+from results.figures.style import BEST, FRONT, GREY, GRID, INK, SOFT, STYLE
+from results.formats import format_effect, format_interval, format_p
 
 if TYPE_CHECKING:
     import pandas as pd
