@@ -22,18 +22,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from results.formats import shortened
 from results.paths import sqlite_path, without_password
 from results.records import Failure, Measurement, Metric, Outcome
 from results.tracking import RunStatus, TrialRecord, user_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Run
+    from mlflow.entities import Experiment, Run, RunTag
+    from mlflow.entities import Metric as Point
 
 PAGE_SIZE = 1000
 """Runs per request; MLflow returns one page and does not say that there are more unless asked."""
 
-MAX_PARAMS = 24
+MAX_BATCH_PARAMS = 100
+MAX_PARAM_CHARACTERS = 500
+"""MLflow's limits of one request and of one value; newer servers take longer values, older ones refuse them."""
+
 MAX_TAG_CHARACTERS = 8000
 FLUSH_INTERVAL_S = 5.0
 FLUSH_POINTS = 500
@@ -41,6 +46,9 @@ CHECK_TIMEOUT_S = 5
 
 CANDIDATE_FILE = "candidate.json"
 TRACEBACK_FILE = "traceback.txt"
+PARAMS_FILE = "params.json"
+"""Of a trial with a parameter that is too long for MLflow: all its parameters, whole. MLflow shows those cut, ending in an ellipsis."""
+
 DESIGNS_FILE = "designs.json"
 DESIGNS_TAG = "designs"
 """On a parent run: the phases that have a design; the designs themselves are its artifact."""
@@ -147,20 +155,22 @@ class MlflowTracker:
         if run is None:
             return
         from mlflow.entities import Metric as Point
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import RunTag
 
         self._flush(run)
         now = _now_ms()
         # A driver killed after log_batch and before the end of this function left the values there: they are not logged twice.
         values = {name: float(value) for name, value in _metric_values(outcome).items() if run.logged.get(name) != float(value)}
-        self._client.log_batch(
+        self._log(
             run.run_id,
+            params=trial.params,
             metrics=[Point(name, value, now, 0) for name, value in values.items()],
-            params=[Param(name, str(value)) for name, value in list(trial.params.items())[:MAX_PARAMS]],
             tags=[RunTag(name, text[:MAX_TAG_CHARACTERS]) for name, text in {**_trial_tags(trial), **_outcome_tags(outcome)}.items()],
         )
         if artifacts is not None and artifacts.is_dir():
             self._copy_files(run, artifacts)
+        if any(len(str(value)) > MAX_PARAM_CHARACTERS for value in trial.params.values()):
+            self._write_text(run, PARAMS_FILE, json.dumps(dict(trial.params), indent=1))
         self._write_text(run, CANDIDATE_FILE, json.dumps(dict(trial.candidate), indent=1))
         if isinstance(outcome, Failure) and outcome.traceback:
             self._write_text(run, TRACEBACK_FILE, outcome.traceback)
@@ -215,8 +225,6 @@ class MlflowTracker:
         return experiment.experiment_id
 
     def _open_parent(self, invocation: Mapping[str, str], objectives: Mapping[str, Sequence[Metric]]) -> str:
-        from mlflow.entities import Param
-
         command = invocation.get("command", "")
         tags = {
             "kind": "invocation",
@@ -228,10 +236,17 @@ class MlflowTracker:
         }
         name = f"{self.study_name} {time.strftime('%Y-%m-%d %H:%M:%S')}"
         run_id = self._client.create_run(self._experiment_id, tags=tags, run_name=name).info.run_id
-        params = [Param(name, str(value)) for name, value in invocation.items() if name != "command"]
-        for start in range(0, len(params), 100):
-            self._client.log_batch(run_id, params=params[start : start + 100])
+        self._log(run_id, params={name: value for name, value in invocation.items() if name != "command"})
         return run_id
+
+    def _log(self, run_id: str, *, params: Mapping[str, Any], metrics: Sequence[Point] = (), tags: Sequence[RunTag] = ()) -> None:
+        """One request, and one more for every `MAX_BATCH_PARAMS` further parameters."""
+        from mlflow.entities import Param
+
+        shown = [Param(name, shortened(str(value), MAX_PARAM_CHARACTERS)) for name, value in params.items()]
+        for start in range(MAX_BATCH_PARAMS, len(shown), MAX_BATCH_PARAMS):
+            self._client.log_batch(run_id, params=shown[start : start + MAX_BATCH_PARAMS])
+        self._client.log_batch(run_id, metrics=metrics, params=shown[:MAX_BATCH_PARAMS], tags=tags)
 
     def _create(self, trial: TrialRecord) -> _OpenRun:
         tags = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from results.figures.style import BEST, FAMILY, FRONT, GREY, GRID, INK, LINE, SOFT, STYLE
-from results.formats import format_value
+from results.formats import count, format_value
 from results.pareto import pareto_front, to_minimize
 from results.records import Metric
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from results.study_results import StudyResults
 
 MAX_PLOTTED = 5000
+MAX_HOVER_PARAMS = 16
 AXIS_TITLES = {
     "gmacs": "GMACs",
     "params_m": "parameters (millions)",
@@ -238,7 +239,9 @@ def _hover(rows: pd.DataFrame, panel: Panel) -> list[str]:
         chosen = [f"{name} = {value}" for name, value in json.loads(row["params"]).items()]
         lines = [f"<b>{escape(str(row['label']))}</b>", f"{row['digest']}  rank {row['rank']}, trial {row['trial']}"]
         lines += [f"{panel.metric.name} {score}", f"{panel.cost} {format_value(row[panel.cost])}"]
-        lines += [escape(", ".join(chosen[start : start + 4])) for start in range(0, min(len(chosen), 16), 4)]
+        lines += [escape(", ".join(chosen[start : start + 4])) for start in range(0, min(len(chosen), MAX_HOVER_PARAMS), 4)]
+        if len(chosen) > MAX_HOVER_PARAMS:
+            lines.append(f"and {count(len(chosen) - MAX_HOVER_PARAMS, 'more parameter')}")
         texts.append("<br>".join(lines))
     return texts
 
