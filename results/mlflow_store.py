@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric as Point
 
 PAGE_SIZE = 1000
-"""Runs per request; MLflow returns one page and does not say that there are more unless asked."""
+"""Runs per request; a result of MLflow is one page, and only its token says that more follow."""
 
 MAX_BATCH_PARAMS = 100
 MAX_PARAM_CHARACTERS = 500
@@ -47,11 +47,11 @@ CHECK_TIMEOUT_S = 5
 CANDIDATE_FILE = "candidate.json"
 TRACEBACK_FILE = "traceback.txt"
 PARAMS_FILE = "params.json"
-"""Of a trial with a parameter that is too long for MLflow: all its parameters, whole. MLflow shows those cut, ending in an ellipsis."""
+"""All parameters of a trial, written where one is too long for MLflow, which then holds its beginning and an ellipsis."""
 
 DESIGNS_FILE = "designs.json"
 DESIGNS_TAG = "designs"
-"""On a parent run: the phases that have a design; the designs themselves are its artifact."""
+"""Tag of a parent run: the phases that have a design. The designs themselves are its artifact."""
 
 CURVE = "curve/"
 """Prefix of the metrics that were reported while a trial ran; without it the last point could hide the final value."""
@@ -296,7 +296,7 @@ class MlflowTracker:
             self._client.log_batch(run.run_id, metrics=[Point(CURVE + name, value, now, step) for name, value, step, now in points])
 
     def _write_text(self, run: _OpenRun, name: str, text: str) -> None:
-        """An artifact; where the folder is local, as a plain file, which spares MLflow's request for the run (4 ms)."""
+        """Write an artifact; in a local folder as a plain file, which saves MLflow's request for the run (4 ms)."""
         folder = _local_folder(run.artifact_uri)
         if folder is None:
             self._client.log_text(run.run_id, text, name)
@@ -313,18 +313,18 @@ class MlflowTracker:
 
 
 def _trial_tags(trial: TrialRecord) -> dict[str, str]:
-    """What only some trials have; `reused_from` may be known only when the trial ends."""
+    """Tags that only some trials have; `reused_from` may be known only when the trial ends."""
     optional = {"proxy_digest": trial.proxy_digest, "recipe_digest": trial.recipe_digest, "reused_from": trial.reused_from}
     return {name: str(value) for name, value in optional.items() if value is not None}
 
 
 def trial_key(phase: str, number: int) -> str:
-    """Phase and number, padded: sorted as text, the keys of a phase are in the order of their numbers."""
+    """Phase and padded number, so that sorting the keys of a phase as text sorts them by number."""
     return f"{phase}/{number:09d}"
 
 
 def recorded_outcome(run: Run, read_text: Callable[[str], str]) -> Outcome:
-    """The outcome a final run holds; `read_text(name)` gives one of its text artifacts."""
+    """The outcome of a final run; `read_text(name)` gives one of its text artifacts."""
     tags, metrics = run.data.tags, run.data.metrics
     elapsed_s = metrics.get(ELAPSED, 0.0)
     if run.info.status == "FAILED":
@@ -364,7 +364,7 @@ def _outcome_tags(outcome: Outcome) -> dict[str, str]:
 
 
 def mlflow_client(uri: str) -> MlflowClient:
-    """A client that sends no telemetry and does not narrate its migrations."""
+    """A client that sends no telemetry and does not log its migrations."""
     import logging
 
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -409,7 +409,7 @@ def check_tracking(uri: str) -> None:
 
 
 def experiment_named(uri: str, name: str) -> Experiment | None:
-    """The experiment of this name, a deleted one too; None if there is none. Creates nothing."""
+    """The experiment of this name, deleted or not; None if there is none. Creates nothing."""
     path = sqlite_path(uri)
     if path is not None and not path.exists():
         return None
@@ -417,7 +417,7 @@ def experiment_named(uri: str, name: str) -> Experiment | None:
 
 
 def archivable_experiment(uri: str, study_name: str) -> Experiment | None:
-    """The study's experiment; raises ValueError if it was deleted, as MLflow renames none that was."""
+    """The study's experiment; raises ValueError if it was deleted, because MLflow does not rename deleted experiments."""
     experiment = experiment_named(uri, study_name)
     if experiment is not None and experiment.lifecycle_stage != "active":
         raise ValueError(
@@ -430,7 +430,7 @@ def archivable_experiment(uri: str, study_name: str) -> Experiment | None:
 def archive_experiment(uri: str, study_name: str, new_name: str) -> bool:
     """Give the study's experiment another name; nothing is deleted. False if there is no such experiment.
 
-    Called by whoever holds the study: what is RUNNING in it was left by a dead driver, and is closed.
+    Called by whoever holds the study. A run that is still RUNNING was left by a dead driver and is closed.
     """
     experiment = archivable_experiment(uri, study_name)
     if experiment is None:
@@ -466,9 +466,9 @@ def read_study(uri: str, study_name: str) -> StudyRuns:
 
 
 def find_candidate(uri: str, digest: str) -> dict[str, Any] | None:
-    """The candidate whose model has this digest, or one that begins so (6 hex digits at least), in any experiment.
+    """The candidate, of any experiment, whose model digest begins with `digest` (6 hex digits at least).
 
-    Returns its JSON as it was recorded, None if nobody knows it. Raises ValueError for a malformed or ambiguous digest.
+    Returns its JSON as it was recorded, None if no run has it. Raises ValueError for a malformed or ambiguous digest.
     """
     digest = digest.lower()
     if len(digest) < 6 or any(letter not in "0123456789abcdef" for letter in digest):
@@ -489,7 +489,7 @@ def find_candidate(uri: str, digest: str) -> dict[str, Any] | None:
 
 
 def _create_sqlite_store(path: Path) -> None:
-    """Make MLflow's tables in a file that appears only when it is whole: half a migration cannot be continued."""
+    """Make MLflow's tables in a hidden file and rename it when it is complete: MLflow cannot continue half a migration."""
     if path.exists() and path.stat().st_size:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -522,7 +522,7 @@ def _check_sqlite(path: Path) -> None:
 
 
 def _check_database(uri: str) -> None:
-    """MLflow would try a dead database fifteen times before giving up."""
+    """Connect once, because MLflow tries a dead database fifteen times."""
     import sqlalchemy
 
     options = {} if uri.startswith("sqlite") else {"connect_args": {"connect_timeout": CHECK_TIMEOUT_S}}
@@ -536,7 +536,7 @@ def _check_database(uri: str) -> None:
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    """MLflow's requests give up after seconds, not after its seven patient retries."""
+    """MLflow's requests fail after seconds instead of seven retries."""
     wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(CHECK_TIMEOUT_S)}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)

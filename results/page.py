@@ -10,6 +10,7 @@ from results.effects.text import published_sources, reading_notes
 from results.figures import forest
 from results.figures.leaderboard import MAX_PLOTTED, Panel, interactive_figure, panels
 from results.formats import format_effect, format_interval, format_mean, format_tau, format_value
+from results.records import stderr_name
 from results.study_results import agreement, family
 from results.text import SHORT_DIGEST
 
@@ -155,7 +156,7 @@ def _levels(effects: Effects) -> str:
 def _board(results: StudyResults, phase: str) -> str:
     rows = results.phase(phase)
     columns = [*results.metric_names(phase), *(["elapsed_s"] if "elapsed_s" in rows else [])]
-    errors = {name for name in columns if name.endswith("_stderr") and name.removesuffix("_stderr") in columns}
+    errors = {stderr_name(name) for name in columns} & set(columns)
     columns = [name for name in columns if name not in errors]
     has_proxy = "proxy_digest" in rows
     heads = _head("rank") + _head("network", "text") + _head("digest", "text") + (_head("scored", "text") if has_proxy else "")
@@ -166,7 +167,7 @@ def _board(results: StudyResults, phase: str) -> str:
         if has_proxy:
             cells.append(_digest(row["proxy_digest"]))
         cells.append(_cell(row["trial"]))
-        cells += [_cell(row[name], row[f"{name}_stderr"] if f"{name}_stderr" in errors else None) for name in columns]
+        cells += [_cell(row[name], row[stderr_name(name)] if stderr_name(name) in errors else None) for name in columns]
         searched = escape(f"{row['label']} {row['digest']} {row.get('proxy_digest') or ''}".lower(), quote=True)
         is_front = ' class="front"' if row["is_front"] else ""
         lines.append(f'<tr{is_front} data-search="{searched}">{"".join(cells)}</tr>')
@@ -184,7 +185,9 @@ def _family(results: StudyResults, phase: str) -> str:
     rows = family(results.phase(phase))
     if not len(rows):
         return ""
-    names = [name for name in results.metric_names(phase) if not name.endswith("_stderr")]
+    names = results.metric_names(phase)
+    errors = {stderr_name(name) for name in names}
+    names = [name for name in names if name not in errors]
     heads = "".join(f"<th{' class=text' if kind else ''}>{escape(name)}</th>" for name, kind in _family_columns(names))
     lines = []
     for row in rows.to_dict("records"):

@@ -49,6 +49,11 @@ class Metric:
         return {"name": self.name, "goal": self.goal, "summary": self.summary, **stated}
 
 
+def stderr_name(metric: str) -> str:
+    """The name under which an evaluator reports the standard error of a metric."""
+    return f"{metric}_stderr"
+
+
 def _unit_of(name: str) -> str:
     return next((unit for ending, unit in UNITS.items() if f"_{name}".endswith(ending)), "")
 

@@ -18,7 +18,7 @@ from results.formats import count
 from results.mlflow_store import CURVE, StudyRuns, UnreadableStudy, read_study
 from results.pareto import mean_ranks, pareto_front, to_minimize
 from results.rank_quality import TRIVIAL_METRICS, agreement_table
-from results.records import Metric
+from results.records import Metric, stderr_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,19 +72,19 @@ class StudyResults:
 
     @property
     def phases(self) -> list[str]:
-        """Those with at least one measurement."""
+        """The phases with at least one measurement, in the order they ran."""
         found = set(self.frame["phase"])
         return [phase for phase in self.objectives if phase in found] + sorted(found - set(self.objectives))
 
     def phase(self, name: str) -> pd.DataFrame:
-        """The rows of a phase by rank, without columns it does not fill."""
+        """The rows of a phase by rank, without its empty columns."""
         return self.frame.loc[self.frame["phase"] == name].dropna(axis="columns", how="all")
 
     def metric_names(self, phase: str) -> list[str]:
-        """Objectives first, each with its standard error, then what is derived from the network, then the rest."""
+        """The metrics of a phase: objectives, each with its standard error, then costs of the network, then the rest."""
         known = [name for name in self.phase(phase).columns if name not in (*LEADING_COLUMNS, *TRAILING_COLUMNS)]
         first = [metric.name for metric in self.objectives.get(phase, ())]
-        first = list(dict.fromkeys([*(name for metric in first for name in (metric, f"{metric}_stderr")), *COST_METRICS]))
+        first = list(dict.fromkeys([*(name for metric in first for name in (metric, stderr_name(metric))), *COST_METRICS]))
         return [name for name in first if name in known] + [name for name in known if name not in first]
 
     def only(self, phase: str) -> StudyResults:
@@ -146,10 +146,10 @@ def results_of(runs: StudyRuns) -> StudyResults:
 
 
 def _first_measurements(finished: Sequence[Run]) -> tuple[list[Run], Counter[str]]:
-    """The earliest trial of each network measured in a phase under a recipe and a seed, and how many others were left out."""
+    """The first trial of each (phase, network, recipe, seed), and how many repeats each phase has."""
     first: dict[tuple[Any, ...], Run] = {}
     left_out: Counter[str] = Counter()
-    # A trial that was itself given its measurement comes after all that were not, whatever its number.
+    # A trial that reused a measurement is never the first, even if its number is lower.
     for run in sorted(finished, key=lambda run: ("reused_from" in run.data.tags, int(run.data.tags["trial"]))):
         tags = run.data.tags
         digests = (tags["digest"], tags.get("proxy_digest"), tags.get("recipe_digest"))
@@ -210,7 +210,7 @@ def _ranked(frame: pd.DataFrame, objectives: Mapping[str, Sequence[Metric]]) -> 
 
 
 def agreement(results: StudyResults, phase: str) -> pd.DataFrame:
-    """What the phase's expensive scores add: their rank agreement with the metrics that cost nothing."""
+    """Rank agreement of the phase's expensive scores with metrics that cost nothing: a low one means that a score adds something."""
     scores = [metric.name for metric in results.objectives.get(phase, ()) if metric.name not in TRIVIAL_METRICS]
     return agreement_table(results.phase(phase), scores)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from results.effects.text import TEXT_WIDTH, effects_markdown, effects_summary
 from results.formats import count, format_tau, format_value, shortened
+from results.records import stderr_name
 from results.study_results import COST_METRICS, agreement, family
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def text_table(results: StudyResults, phase: str, top: int) -> str:
     """The best of a phase for a terminal of 120 columns."""
     rows = results.phase(phase)
     names = results.metric_names(phase)
-    errors = {name for name in names if name.removesuffix("_stderr") != name and name.removesuffix("_stderr") in names}
+    errors = {stderr_name(name) for name in names} & set(names)
     shown = rows.head(top)
     columns = [
         ("rank", [f"{rank}{'*' if is_front else ' '}" for rank, is_front in zip(shown["rank"], shown["is_front"], strict=True)]),
@@ -53,8 +54,8 @@ def text_table(results: StudyResults, phase: str, top: int) -> str:
     num_hidden = 0
     for name in [name for name in names if name not in errors] + [name for name in ("elapsed_s",) if name in shown]:
         cells = [format_value(value) for value in shown[name]]
-        if f"{name}_stderr" in errors:
-            spread = [format_value(value, digits=2) for value in shown[f"{name}_stderr"]]
+        if stderr_name(name) in errors:
+            spread = [format_value(value, digits=2) for value in shown[stderr_name(name)]]
             cells = [f"{cell} ±{error}" for cell, error in zip(cells, spread, strict=True)]
         width = max(map(len, [name, *cells])) + 2
         if width > left:

@@ -1,4 +1,4 @@
-"""Where the loop records its trials: the contract of a ledger, what it is told of a trial, and a ledger that keeps nothing."""
+"""The contract of a ledger of trials, the record of a trial, and a ledger that keeps nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """A trial as the ledger names it.
+    """A trial as the ledger stores it.
 
     `params` are Optuna's; `candidate` is its JSON: label, model and, where another network is scored in its place, proxy.
     `digest` names the model that is reported, `proxy_digest` the one that is scored, `recipe_digest` how it was trained.
@@ -37,11 +37,11 @@ class Tracker(Protocol):
     """Where the loop records its trials."""
 
     def open(self, trial: TrialRecord) -> None:
-        """The trial starts to run; one left open by a dead driver is taken up."""
+        """The trial starts; if a dead driver left its run open, that run continues."""
         ...
 
     def report(self, trial: TrialRecord, name: str, value: float, step: int) -> None:
-        """A point of a curve of a running trial; sent with others, after some seconds."""
+        """Add a point to a curve of a running trial; points are sent together, every few seconds."""
         ...
 
     def flush(self) -> None:
@@ -49,11 +49,11 @@ class Tracker(Protocol):
         ...
 
     def record(self, trial: TrialRecord, outcome: Outcome, artifacts: Path | None = None) -> None:
-        """The trial has ended, leaving files in the folder `artifacts` if that exists; recording it again changes nothing."""
+        """The trial has ended; its files are in the folder `artifacts`, if that exists. Recording it again changes nothing."""
         ...
 
     def finished_outcome(self, phase: str, number: int) -> Outcome | None:
-        """What was recorded of the trial; None if it has not ended."""
+        """The recorded outcome of the trial; None if it has not ended."""
         ...
 
     def mark_family(self, phase: str, numbers: Sequence[int]) -> None:
@@ -61,7 +61,7 @@ class Tracker(Protocol):
         ...
 
     def close(self, status: RunStatus) -> None:
-        """The invocation ends; nothing is left open."""
+        """The invocation ends, and every run it opened is closed."""
         ...
 
 
@@ -91,7 +91,7 @@ class NullTracker:
 
 
 def user_name() -> str | None:
-    """None in a container whose user id has no name."""
+    """The name of the user; None in a container whose user id has no name."""
     import getpass
 
     try:

@@ -320,12 +320,12 @@ def test_effects_come_from_the_runs_alone_and_say_in_how_many_looks(tmp_path: Pa
     (effects,) = attach_leaderboard(first).effects
     first.close("FINISHED")
     assert "pooling registered before its first trial" in effects_summary(effects)
-    assert "looks" not in effects_summary(effects)
+    assert "looked at" not in effects_summary(effects)
     second = ledger("mean", "ggem")
     record_cells(second, tmp_path / "files", levels, range(3, 7), done)
     (effects,) = attach_leaderboard(second).effects
     second.close("FINISHED")
-    assert "the data came in at least 2 looks" in " ".join(effects_summary(effects).split())
+    assert "effects were looked at 2 times or more while trials came" in " ".join(effects_summary(effects).split())
     row = effects.table.loc[effects.table["is_primary"]].iloc[0]
     arms = {level: np.mean([100 * hits(level, seed) for seed in range(7)]) for level in ("mean", "ggem")}
     assert row["effect"] == pytest.approx(arms["ggem"] - arms["mean"])

@@ -293,6 +293,12 @@ def test_a_design_survives_json_and_its_digest_is_of_its_content():
         Design.from_json({})
 
 
+def test_a_registered_design_keeps_its_digest():
+    outcomes = (TOP1, NLL, Metric("patch_drop_auc", "maximize"))
+    # Registered before a metric had a unit.
+    assert design(PRIMARY, outcomes=outcomes).digest == "ee946eccfe2f86d1"
+
+
 @pytest.mark.parametrize(
     ("contrasts", "reason"),
     [

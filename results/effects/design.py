@@ -23,9 +23,9 @@ from results.records import Metric
 class Contrast:
     """The mean of `levels` of a factor minus `baseline`.
 
-    `outcome` is what it was made for: there `alternative` (of the effect's sign, not of its being better) and `published`
-    apply; on other outcomes the test is two-sided. `published` is the effect in the outcome's unit, percentage points for
-    accuracies, as `source` states it; of a range it is the lower end.
+    `outcome` is the one it was made for. `alternative` and `published` apply to that outcome; on others the test is two-sided.
+    `alternative` is about the sign of the effect, not about what is better. `published` is the effect that `source` states, in
+    percentage points for accuracies, else in the outcome's unit; of a range it is the lower end.
     """
 
     factor: str
@@ -47,7 +47,7 @@ class Contrast:
 class Design:
     """What is compared on which outcomes; raises ValueError when it contradicts itself.
 
-    `margin_pct` is the harm in percentage points that would not matter (TOST); outcomes in other units have no margin.
+    `margin_pct` is the largest harm, in percentage points, that does not matter (TOST); outcomes in other units have no margin.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Design:
         return tuple(dict.fromkeys(contrast.factor for contrast in self.contrasts))
 
     def family_size(self, contrast: Contrast, outcome: str) -> int:
-        """How many tests the row of a contrast on an outcome shares its alpha with, itself included; 1 for a primary row."""
+        """The number of tests that Holm's method corrects together with this one, itself included; 1 for a primary test."""
         own = [other for other in self.contrasts if other.factor == contrast.factor]
         if contrast.is_primary and contrast.outcome == outcome:
             return 1
@@ -95,13 +95,13 @@ class Design:
 
     @property
     def num_seeds_needed(self) -> int:
-        """From how many seeds on the exact test can reject every row if its effect is large enough."""
+        """The fewest seeds with which the exact test can reject in every row, if its effect is large enough."""
         rows = [(contrast, outcome.name) for contrast in self.contrasts for outcome in self.outcomes]
         tests = [self.family_size(*row) * (2 if self.alternative(*row) == "two-sided" else 1) for row in rows]
         return math.ceil(math.log2(max(tests) / self.alpha))
 
     def alternative(self, contrast: Contrast, outcome: str) -> Alternative:
-        """A contrast's direction is a claim about its own outcome only."""
+        """The contrast's own alternative on its own outcome, else two-sided."""
         return contrast.alternative if outcome == contrast.outcome else "two-sided"
 
     def to_json(self) -> dict[str, Any]:
@@ -120,5 +120,5 @@ class Design:
 
     @property
     def digest(self) -> str:
-        """16 hex digits of the canonical JSON's SHA-256: what was registered before the run."""
+        """The name under which a design is registered: 16 hex digits of the SHA-256 of its canonical JSON."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]

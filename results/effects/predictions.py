@@ -20,7 +20,7 @@ CellKey = tuple[str, str, int]
 class Predictions:
     """One trial on the test images: `ids` and `labels` (N,) int64, each outcome (N,) float.
 
-    `curves` are those of its robustness, averaged over the images: levels (L,) and accuracy (L,) in percent.
+    `curves` are its robustness curves, averaged over images: levels (L,) and accuracy (L,) in percent.
     """
 
     ids: np.ndarray
@@ -32,7 +32,7 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One trial of an ablation: which level of which factor, its seed, and what it predicted."""
+    """One trial of an ablation: its factor, level, seed and predictions."""
 
     factor: str
     level: str
@@ -47,9 +47,10 @@ class Cell:
 def read_predictions(path: Path) -> Predictions:
     """The outcomes of a trial from its `predictions.npz` and from `robustness.npz` beside it, if there is one.
 
-    `top1_pct` is 0 or 100 per image and `nll` in nats; a robustness curve `name` gives `<name>_auc`, the accuracy in percent
-    averaged over the range of its levels (trapezoids). Raises ValueError, naming the file, for one that is damaged, for logits
-    that are not finite and for curves of other images.
+    `top1_pct` is 0 or 100 per image and `nll` in nats. A robustness curve `name` gives `<name>_auc`, the accuracy in percent
+    averaged over the range of its levels (trapezoids); its mean over images is the metric `<name>_auc_pct` of the evaluator
+    `robustness`. Both names are stored, the first in registered designs, the second in MLflow: neither can change.
+    Raises ValueError, naming the file, for a damaged file, for logits that are not finite and for curves of other images.
     """
     stored = _arrays(path, ("ids", "labels", "logits"))
     ids, labels, logits = stored["ids"], stored["labels"], stored["logits"].astype(float)
@@ -88,7 +89,7 @@ def _arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def image_positions(ids: np.ndarray, wanted: np.ndarray, where: str, other: str) -> np.ndarray:
-    """Where in `ids` each of `wanted` stands; raises ValueError when they are not the same set of images."""
+    """The position in `ids` of each of `wanted`; raises ValueError when the two are not the same set of images."""
     if len(ids) == len(wanted) and (ids == wanted).all():
         return np.arange(len(ids))
     only, lacking = np.setdiff1d(ids, wanted), np.setdiff1d(wanted, ids)

@@ -1,8 +1,8 @@
-"""The effects of a study, from its MLflow runs alone: which designs were named before it ran, and what came of them.
+"""The effects of a study, read from its MLflow runs alone.
 
-Every parent run holds `designs.json`, by phase; what counts is what any of them registered, see `merge_designs`. A trial's run
-is the cell that its parameters name: `factor`, the level under the name of that factor, and `seed`. Its files are those it was
-measured with: a trial that was given the measurement of an earlier one is read from that one's run.
+Every parent run holds `designs.json`, the designs by phase; `merge_designs` makes one of all. The parameters of a trial name its
+cell: `factor`, the level under the name of that factor, and `seed`. A trial that reused an earlier measurement has its files in
+the earlier trial's run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PREDICTIONS_FILES = ("predictions.npz", "robustness.npz")
 
 @dataclass(frozen=True, kw_only=True)
 class RobustnessCurves:
-    """The curves of a factor's levels over their seeds, by level and name; `chance_pct` is that of guessing evenly."""
+    """The curves of each level of a factor, by level and curve name; `chance_pct` is the accuracy of random guessing."""
 
     curves: Mapping[str, Mapping[str, Curve]]
     chance_pct: float
@@ -42,11 +42,11 @@ class RobustnessCurves:
 
 @dataclass(frozen=True, kw_only=True)
 class Effects:
-    """What came of a phase's design.
+    """The effects of a phase, and how its design was registered.
 
-    `design` is what all invocations registered, `digests` their designs in the order they came. `num_looks` counts the times
-    that effects were shown with data that had grown since, as far as recorded, the present one included. `robustness` has the
-    factors with curves; `notes` name what could not be read.
+    `design` is merged from all that were registered; `digests` names those, oldest first. `num_looks` is how often
+    effects were shown before more trials came, this report included. `robustness` holds the factors with curves; `notes` names
+    what could not be read.
     """
 
     study_name: str
@@ -66,7 +66,7 @@ class Effects:
 
     @property
     def registration(self) -> str:
-        """What was fixed beforehand, and what was not."""
+        """Which tests were registered before the first trial of their arms, and which after."""
         parts = [f"design {' and then '.join(self.digests)}"]
         for factor, rows in self.table.groupby("factor", sort=False):
             late = rows.loc[rows["num_trials_before"] > 0, "num_trials_before"]
@@ -76,14 +76,14 @@ class Effects:
             else:
                 parts.append(f"{factor} registered before its first trial")
         if self.num_looks > 1:
-            parts.append(f"the data came in at least {self.num_looks} looks, which the p-values do not account for")
+            parts.append(f"effects were looked at {self.num_looks} times or more while trials came; the p-values do not account for that")
         return "; ".join([*parts, *self.notes])
 
 
 def load_effects(runs: StudyRuns) -> tuple[Effects, ...]:
     """The effects of every design of a study.
 
-    An artifact that cannot be read costs what it held and is named: designs in `notes`, a trial in its rows' `missing`.
+    An artifact that cannot be read is left out and named: a design in `notes`, a trial in the `missing` of its rows.
     """
     order = {parent.info.run_id: place for place, parent in enumerate(runs.parents)}
     registered, notes = _read_designs(runs.client, runs.parents)
@@ -113,7 +113,7 @@ def load_effects(runs: StudyRuns) -> tuple[Effects, ...]:
 
 
 def _read_designs(client: MlflowClient, parents: Sequence[Run]) -> tuple[dict[str, dict[int, Design]], tuple[str, ...]]:
-    """By phase, the designs by the place of the parent that registered them; and which could not be read."""
+    """The designs by phase and by the position of the parent that registered them; and notes on unreadable ones."""
     registered: dict[str, dict[int, Design]] = {}
     notes = []
     for place, parent in enumerate(parents):
@@ -129,10 +129,10 @@ def _read_designs(client: MlflowClient, parents: Sequence[Run]) -> tuple[dict[st
 
 
 def merge_designs(designs: Sequence[Design]) -> Design:
-    """One design of all that were registered, oldest first.
+    """One design that holds every factor, outcome and contrast of `designs`, which are ordered from oldest to newest.
 
-    Factors and outcomes stay, and so do contrasts: a factor has those of the newest design that has it, and after them the
-    older ones that it has dropped, none of them primary. Level and margin are the newest.
+    Of each factor, the contrasts of the newest design come first; contrasts that it dropped follow and are not primary. `alpha`
+    and `margin_pct` are those of the newest design.
     """
     newest = designs[-1]
     contrasts: list[Contrast] = []
@@ -155,7 +155,7 @@ def _has_primary(kept: Mapping[str, Contrast]) -> bool:
 def _num_trials_before(
     design: Design, registered: Mapping[int, Design], finished: Sequence[tuple[CellKey | None, int]]
 ) -> dict[TestKey, int]:
-    """How many trials of a test's arms ended under invocations before the one that registered it as it is now tested."""
+    """By test, how many trials of its arms finished in invocations before the one that registered it in its present form."""
     counts = {}
     for contrast in design.contrasts:
         levels = (contrast.baseline, *contrast.levels)
@@ -167,7 +167,7 @@ def _num_trials_before(
 
 
 def _is_registered(contrast: Contrast, outcome: str, design: Design, earlier: Design) -> bool:
-    """Whether the earlier design has this test: its direction, level and margin, and as a primary one if it is one."""
+    """Whether the earlier design has this test with the same direction, alpha and margin, and as primary if it is primary now."""
     return (
         (earlier.alpha, earlier.margin_pct) == (design.alpha, design.margin_pct)
         and any(known.name == outcome for known in earlier.outcomes)
@@ -181,7 +181,7 @@ def _is_registered(contrast: Contrast, outcome: str, design: Design, earlier: De
 
 
 def _cell_key(run: Run) -> CellKey | None:
-    """The cell that a trial is; None if it is none, as a trial that failed before it had parameters."""
+    """The cell of a trial; None if its parameters name none, as when it failed before it had any."""
     params = run.data.params
     factor = params.get("factor")
     if factor not in params or "seed" not in params:
@@ -190,7 +190,7 @@ def _cell_key(run: Run) -> CellKey | None:
 
 
 def read_cells(client: MlflowClient, trials: Sequence[Run]) -> tuple[list[Cell], dict[CellKey, str]]:
-    """The cells among the final trials of a phase, the first finished trial of each, and why others have no predictions."""
+    """The cells of a phase, each from its first finished trial; and by cell, why others have no predictions."""
     by_number = {int(run.data.tags["trial"]): run for run in trials}
     cells: dict[CellKey, Cell] = {}
     absent: dict[CellKey, str] = {}
@@ -214,29 +214,29 @@ def read_cells(client: MlflowClient, trials: Sequence[Run]) -> tuple[list[Cell],
 
 
 def _read_predictions(client: MlflowClient, run: Run) -> Predictions | str:
-    """Those of a trial, or why there are none."""
+    """The predictions of a trial, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             present = [fetch_artifact(client, run, name, Path(folder)) for name in PREDICTIONS_FILES]
             return read_predictions(Path(folder) / PREDICTIONS_FILES[0]) if present[0] else f"no {PREDICTIONS_FILES[0]}"
-        except Exception as error:  # a damaged file or a failed download costs one trial, not the report
+        except Exception as error:  # A damaged file or a failed download costs one trial, not the report.
             return f"unreadable: {_reason(error)}"
 
 
 def _reason(error: Exception) -> str:
     line = str(error).strip().split("\n")[0]
-    # What is raised here on purpose says all in its words.
+    # A ValueError was raised on purpose and its message says enough.
     return line if type(error) is ValueError and line else f"{type(error).__name__}: {line}"
 
 
 def _num_looks(client: MlflowClient, parents: Sequence[Run], finished: Sequence[Run]) -> int:
-    """Invocations under which trials ended and after which effects were shown, and the present one."""
+    """How many earlier invocations finished trials and then showed effects, plus this report."""
     with_trials = [parent for parent in parents if any(run.data.tags.get(PARENT_TAG) == parent.info.run_id for run in finished)]
     return 1 + sum(read_artifact(client, parent, EFFECTS_FILE) is not None for parent in with_trials[:-1])
 
 
 def _robustness(cells: Sequence[Cell], design: Design) -> dict[str, RobustnessCurves]:
-    """The curves of the factors that have any; a seed that was measured at other levels than the first is left out."""
+    """The curves of the factors that have any. A trial whose curve has other levels than the first trial's is left out."""
     found = {}
     for factor in design.factors:
         own = [cell for cell in cells if cell.factor == factor]

@@ -44,20 +44,21 @@ def effects_table(
 
     factor, contrast, outcome, unit, goal; n_seeds, n_images, missing (which arms lack which seeds, and why); mean and
     baseline_mean of the arms; effect, low, high (`calibrated` 95 % interval over seeds and images) and low_90, high_90; p of
-    the sign-flip test over seeds against `alternative`, is_exact, smallest_p it could have had, p_holm and family_size (nan
-    and 1 for primary rows), is_primary, rejected at the design's alpha, is_shown (rejected, and the interval excludes 0).
+    the sign-flip test over seeds against `alternative`, is_exact, smallest_p (the least p that so many seeds can give),
+    p_holm and family_size (nan and 1 for primary rows), is_primary, rejected at the design's alpha, is_shown (rejected, and
+    the interval excludes 0).
 
     margin, and whether the 90 % interval says no_harm (its harmful end is inside) or equivalent (both ends are): the two
     one-sided tests by interval inclusion, for seeds and images together, not corrected for how many there are; equivalent_p,
-    TOST's over seeds alone. mde_seeds and mde_images, what is found with 80 % power at the level a row is tested at (alpha
-    over the family's size) against the spread over seeds, by sign flips of normal differences, and against that over images
-    alone, by a t-test; published, source and could_have_seen (both are at most the published effect; None when none is
-    published); num_trials_before, as given: trials of the arms that were there when the row was registered; verdict;
-    majority_pct, the accuracy of always guessing the most frequent class of the test set.
+    TOST's over seeds alone. mde_seeds and mde_images, the smallest effect found with 80 % power at alpha / family_size: the first
+    by sign flips of normal differences over seeds, the second by a t-test over images. published, source and could_have_seen
+    (both smallest effects are at most the published one; None when nothing is published); num_trials_before, as given: trials
+    of the arms that had finished when the row was registered; verdict; majority_pct, the accuracy of always guessing the most
+    frequent class of the test set.
 
-    A seed counts where all arms have it on the same test images as most trials; `absent` tells why a cell has no
-    predictions. A row that was not measured stays in its family with p = 1: families were fixed before the run. Raises
-    ValueError for a trial given twice.
+    A row uses the seeds that all its arms have, from trials on the test images that most trials have. `absent` says why a cell
+    has no predictions. A row that was not measured stays in its family with p = 1, because families were fixed before the run.
+    Raises ValueError for two trials of one cell.
     """
     import pandas as pd
 
@@ -84,7 +85,7 @@ def effects_table(
 
 @dataclass(frozen=True, kw_only=True)
 class _Tested:
-    """The trials on one set of test images: each outcome (N,) in the same order of images."""
+    """Trials on one set of test images; each outcome is (N,), images in the same order."""
 
     trials: Mapping[CellKey, Mapping[str, np.ndarray]]
     absent: Mapping[CellKey, str]
@@ -108,7 +109,7 @@ class _Tested:
 
 
 def _on_same_images(cells: Iterable[Cell], absent: Mapping[CellKey, str]) -> _Tested:
-    """The cells on the test images that most of them have; the others are absent, and say so."""
+    """Keep the cells on the most common set of test images; the others become absent, with the reason."""
     by_key: dict[CellKey, Cell] = {}
     for cell in cells:
         if cell.key in by_key:
@@ -133,12 +134,12 @@ def _on_same_images(cells: Iterable[Cell], absent: Mapping[CellKey, str]) -> _Te
 
 
 def effect_unit(outcome: Metric) -> str:
-    """The unit of a difference of outcomes: that of two percentages is in points."""
+    """The unit of a difference of two outcomes; percentages differ by points."""
     return "points" if outcome.unit == "%" else outcome.unit
 
 
 def _row(tested: _Tested, contrast: Contrast, outcome: Metric, design: Design) -> tuple[dict[str, Any], np.ndarray | None]:
-    """A row without what follows from its differences, and those (S, N), if any seed has every arm."""
+    """A row without its statistics, and its differences (S, N); None if no seed has every arm."""
     arms = {level: tested.arm(contrast.factor, level, outcome.name) for level in (contrast.baseline, *contrast.levels)}
     seeds = sorted(set.intersection(*(set(arm) for arm in arms.values())))
     wanted = set.union(*(set(arm) for arm in arms.values()))
@@ -193,7 +194,7 @@ def _numbers(row: Mapping[str, Any], differences: np.ndarray, bootstrap: Bootstr
     spread = float(per_seed.std(ddof=1)) if S > 1 else math.nan
     mde_seeds = sign_flip_detectable_effect(spread, S, alpha=alpha, alternative=row["alternative"])
     mde_images = minimum_detectable_effect(float(per_image.std(ddof=1)), N, alpha=level) if N > 1 else math.inf
-    # A single seed knows nothing of other trainings, and nothing about harm is said from it.
+    # A single seed says nothing about other trainings, so it claims no harm bound.
     above, below = (S > 1 and narrow.low > -row["margin"]), (S > 1 and narrow.high < row["margin"])
     published = row["published"]
     return {

@@ -19,7 +19,7 @@ _MAX_LEVEL_OUTCOMES = 4
 
 
 def effects_summary(effects: Effects) -> str:
-    """The levels, and every contrast on the outcomes that contrasts are about; the table has the others too."""
+    """The levels, and every contrast on the outcomes that some contrast was made for; a last line counts the other rows."""
     outcomes = {contrast.outcome for contrast in effects.design.contrasts}
     own = effects.table.loc[[outcome in outcomes for outcome in effects.table["outcome"]]]
     head = "\n".join(textwrap.wrap(f"{effects.study_name}/{effects.phase}, effects: {effects.registration}", TEXT_WIDTH))
@@ -56,7 +56,7 @@ def published_sources(table: pd.DataFrame) -> list[str]:
 
 
 def reading_notes(table: pd.DataFrame) -> list[str]:
-    """How the table of effects is to be read, in sentences that are true of it."""
+    """How to read this table of effects."""
     exact = set(table.loc[table["n_seeds"] > 0, "is_exact"])
     test = {frozenset({True}): "exact sign flips", frozenset({False}): "random sign flips"}.get(frozenset(exact), "sign flips")
     before = set(table.loc[table["is_primary"], "num_trials_before"])
@@ -66,7 +66,7 @@ def reading_notes(table: pd.DataFrame) -> list[str]:
         f"p: {test} over seeds",
         f"primary: one contrast of each factor{named}; the others are Holm-corrected per factor and outcome",
         "no harm, no difference: 90 % interval within the margin, not corrected for their number",
-        "MDE: found with 80 % power, over seeds by sign flips of normal differences | over images by a t-test; -: none is",
+        "MDE: smallest effect found with 80 % power at alpha / family size, over seeds | over images; -: no effect is",
     ]
     majority = table["majority_pct"].dropna()
     if len(majority):

@@ -11,7 +11,7 @@ from results.formats import count, format_effect, format_interval, format_p
 
 
 def excludes_zero(row: Mapping[str, Any]) -> bool:
-    """Whether the 95 % interval of the effect does."""
+    """Whether the 95 % interval of the effect excludes 0."""
     return row["low"] > 0 or row["high"] < 0
 
 
@@ -32,7 +32,7 @@ def verdict(row: Mapping[str, Any], design: Design) -> str:
 
 
 def _finding(row: Mapping[str, Any]) -> list[str]:
-    """What the test and the intervals show, the main thing first."""
+    """What the test and the intervals show, the conclusion first."""
     unit = f" {row['unit']}" if row["unit"] else ""
     interval = f"interval {format_interval(row['low'], row['high'], row['unit'])}"
     if row["n_seeds"] == 1:

@@ -17,7 +17,7 @@ import numpy as np
 from results.figures.style import BEST, FAMILY, FRONT, GREY, GRID, INK, LINE, SOFT, STYLE
 from results.formats import count, format_value
 from results.pareto import pareto_front, to_minimize
-from results.records import Metric
+from results.records import Metric, stderr_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +53,7 @@ class Panel:
 
     @property
     def error(self) -> str | None:
-        name = f"{self.metric.name}_stderr"
+        name = stderr_name(self.metric.name)
         return name if name in self.rows else None
 
     def cost_front(self) -> pd.DataFrame:
@@ -83,7 +83,7 @@ def panels(results: StudyResults) -> list[list[Panel]]:
 
 
 def _drawn(rows: pd.DataFrame) -> pd.DataFrame:
-    """All rows, or of a huge study its front, its family and its best."""
+    """All rows; of more than `MAX_PLOTTED`, only the front, the family and the best."""
     if len(rows) <= MAX_PLOTTED:
         return rows
     is_kept = rows["is_front"].to_numpy(dtype=bool) | (np.arange(len(rows)) < MAX_PLOTTED)

@@ -30,7 +30,7 @@ PANELS = {
 }
 COLOURS = (FAMILY, FRONT, BEST, INK, "#7b5ea7", "#4a90c2", "#a0693a", "#7d9a3c")
 MAX_AREAS = 6
-"""Up to so many networks their areas are written into the panels."""
+"""Areas are written into the panels only for this many networks or fewer."""
 
 SVG = "http://www.w3.org/2000/svg"
 
@@ -45,7 +45,7 @@ def write_png(curves: Curves, path: Path, *, title: str, chance_pct: float) -> N
 
 
 def write_html(curves: Curves, path: Path, *, title: str, chance_pct: float) -> None:
-    """The same figure as a page that loads nothing; resting on a point shows its network, level and accuracy."""
+    """The same figure as a page that loads nothing; hovering over a point shows its network, level and accuracy."""
     with _style():
         figure = _figure(curves, title, chance_pct)
         buffer = io.BytesIO()
