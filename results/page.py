@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from results.effects import format_effect, format_interval, format_mean, published_sources, reading_notes
-from results.leaderboard import SHORT_DIGEST, agreement, family, format_tau, format_value
-from results.plots import MAX_PLOTTED, Panel, interactive_figure, panels
+from results.effects.text import published_sources, reading_notes
+from results.figures import forest
+from results.figures.leaderboard import MAX_PLOTTED, Panel, interactive_figure, panels
+from results.formats import format_effect, format_interval, format_mean, format_tau, format_value
+from results.records import stderr_name
+from results.study_results import agreement, family
+from results.text import SHORT_DIGEST
 
 if TYPE_CHECKING:
-    from results.leaderboard import StudyResults
-    from results.study_effects import Effects
+    from results.effects.study import Effects
+    from results.report import StudyReport
+    from results.study_results import StudyResults
 
 MAX_ROWS = 1000
 """Rows of a table; beyond this a browser sorts slowly, and nobody reads on."""
@@ -62,17 +68,23 @@ for (const table of document.querySelectorAll("table.board")) {
 """
 
 
-def render(results: StudyResults) -> str:
+def write_html(report: StudyReport, path: Path) -> None:
+    """One page that needs nothing else."""
+    path.write_text(render(report), encoding="utf-8")
+
+
+def render(report: StudyReport) -> str:
     """The page's text; some five megabytes, most of them plotly's script."""
     from plotly.offline import get_plotlyjs
 
+    results = report.results
     grid = {row[0].phase: row for row in panels(results)}
-    name = escape(results.provenance.study)
+    name = escape(results.provenance.study_name)
     provenance = "".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in results.provenance.lines())
     sections = "".join(_section(results, phase, grid.get(phase, [])) for phase in results.phases) or "<p>No finished trial yet.</p>"
-    effects = "".join(_effects(one) for one in results.effects)
-    if results.effects_failure:
-        effects += f"<p>{escape(results.effects_failure)}.</p>"
+    effects = "".join(_effects(one) for one in report.effects)
+    if report.effects_failure:
+        effects += f"<p>{escape(report.effects_failure)}.</p>"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: leaderboard</title>'
         '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
@@ -100,12 +112,10 @@ def _section(results: StudyResults, phase: str, row: list[Panel]) -> str:
 
 def _effects(effects: Effects) -> str:
     """Mean and spread of every level, the forest plot, and a row per contrast, primary ones first."""
-    from results.forest import interactive_figure
-
     figure = ""
     if effects.is_measured:
         config = {"displaylogo": False, "responsive": True}
-        figure = interactive_figure(effects.table).to_html(full_html=False, include_plotlyjs=False, config=config)
+        figure = forest.interactive_figure(effects.table).to_html(full_html=False, include_plotlyjs=False, config=config)
     names = ("effect", "95 % interval", "p", "Holm p", "90 % interval", "MDE, seeds", "MDE, images", "published", "seeds")
     heads = '<th class="text">contrast</th><th class="text">outcome</th>' + "".join(f"<th>{name}</th>" for name in names)
     lines = []
@@ -146,7 +156,7 @@ def _levels(effects: Effects) -> str:
 def _board(results: StudyResults, phase: str) -> str:
     rows = results.phase(phase)
     columns = [*results.metric_names(phase), *(["elapsed_s"] if "elapsed_s" in rows else [])]
-    errors = {name for name in columns if name.endswith("_stderr") and name.removesuffix("_stderr") in columns}
+    errors = {stderr_name(name) for name in columns} & set(columns)
     columns = [name for name in columns if name not in errors]
     has_proxy = "proxy_digest" in rows
     heads = _head("rank") + _head("network", "text") + _head("digest", "text") + (_head("scored", "text") if has_proxy else "")
@@ -157,7 +167,7 @@ def _board(results: StudyResults, phase: str) -> str:
         if has_proxy:
             cells.append(_digest(row["proxy_digest"]))
         cells.append(_cell(row["trial"]))
-        cells += [_cell(row[name], row[f"{name}_stderr"] if f"{name}_stderr" in errors else None) for name in columns]
+        cells += [_cell(row[name], row[stderr_name(name)] if stderr_name(name) in errors else None) for name in columns]
         searched = escape(f"{row['label']} {row['digest']} {row.get('proxy_digest') or ''}".lower(), quote=True)
         is_front = ' class="front"' if row["is_front"] else ""
         lines.append(f'<tr{is_front} data-search="{searched}">{"".join(cells)}</tr>')
@@ -175,7 +185,9 @@ def _family(results: StudyResults, phase: str) -> str:
     rows = family(results.phase(phase))
     if not len(rows):
         return ""
-    names = [name for name in results.metric_names(phase) if not name.endswith("_stderr")]
+    names = results.metric_names(phase)
+    errors = {stderr_name(name) for name in names}
+    names = [name for name in names if name not in errors]
     heads = "".join(f"<th{' class=text' if kind else ''}>{escape(name)}</th>" for name, kind in _family_columns(names))
     lines = []
     for row in rows.to_dict("records"):

@@ -40,27 +40,27 @@ class RunPaths:
         """The artifacts of the default MLflow store."""
         return self.root / "mlflow-artifacts"
 
-    def study_dir(self, study: str) -> Path:
+    def study_dir(self, study_name: str) -> Path:
         """The work directories of all trials of a study."""
-        return self.root / "work" / _file_name(study)
+        return self.root / "work" / _file_name(study_name)
 
-    def workdir(self, study: str, phase: str, number: int) -> Path:
+    def workdir(self, study_name: str, phase: str, number: int) -> Path:
         """The files of one trial: outcome, checkpoints."""
-        return self.study_dir(study) / _file_name(phase) / f"{number:06d}"
+        return self.study_dir(study_name) / _file_name(phase) / f"{number:06d}"
 
-    def lock(self, study: str) -> Path:
+    def lock(self, study_name: str) -> Path:
         """Held by the one driver of the study."""
-        return self.root / f"{_file_name(study)}.lock"
+        return self.root / f"{_file_name(study_name)}.lock"
 
-    def archiving(self, study: str) -> Path:
+    def archiving(self, study_name: str) -> Path:
         """Exists while the study is being set aside under a dated name."""
-        return self.root / f"{_file_name(study)}.archiving.json"
+        return self.root / f"{_file_name(study_name)}.archiving.json"
 
 
-def journal_lock(journal: Path, study: str) -> Path:
+def journal_lock(journal: Path, study_name: str) -> Path:
     """Held by the one driver of the study in this journal, which several runs directories may share."""
     journal = journal.resolve()
-    return journal.with_name(f"{journal.name}.{_file_name(study)}.lock")
+    return journal.with_name(f"{journal.name}.{_file_name(study_name)}.lock")
 
 
 def sqlite_path(uri: str) -> Path | None:

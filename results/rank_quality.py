@@ -60,7 +60,7 @@ def rank_agreement(
     Above `MAX_BOOTSTRAP_POINTS` networks the interval is that of a random subset, its distance from tau shrunk by the
     square root of the subset's share (the width goes as one over the root of n).
     """
-    return _with_interval(kendall_tau, _resampled_taus, (x, y), seed, num_resamples, confidence)
+    return _with_interval(kendall_tau, resampled_taus, (x, y), seed, num_resamples, confidence)
 
 
 def partial_rank_agreement(
@@ -73,7 +73,7 @@ def partial_rank_agreement(
     confidence: float = 0.95,
 ) -> RankAgreement:
     """Partial tau of x and y given z with its interval, as `rank_agreement` makes it: networks are drawn as triples."""
-    return _with_interval(partial_kendall_tau, _resampled_partial_taus, (x, y, z), seed, num_resamples, confidence)
+    return _with_interval(partial_kendall_tau, resampled_partial_taus, (x, y, z), seed, num_resamples, confidence)
 
 
 def _with_interval(
@@ -105,8 +105,8 @@ def _with_interval(
     return RankAgreement(tau=tau, low=float(max(low, -1.0)), high=float(min(high, 1.0)), num_points=num_points)
 
 
-def _resampled_taus(x: np.ndarray, y: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """tau-b of each resample; `draws` (R, n) says how often it drew each network.
+def resampled_taus(x: np.ndarray, y: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """tau-b of each resample (R,); `draws` (R, n) counts how often a resample drew each network.
 
     The tau of a row w is (w'Aw) / sqrt(w'Bw w'Cw) with A_ij = sign(x_i - x_j) sign(y_i - y_j), B = |sign of x|,
     C = |sign of y|: three matrix products for all resamples. float32 holds the row sums exactly, they are integers of at
@@ -124,8 +124,9 @@ def _resampled_taus(x: np.ndarray, y: np.ndarray, draws: np.ndarray) -> np.ndarr
     return np.divide(agreeing, np.sqrt(untied), out=np.full(len(draws), np.nan), where=untied > 0)
 
 
-def _resampled_partial_taus(x: np.ndarray, y: np.ndarray, z: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    xy, xz, yz = (_resampled_taus(first, second, draws) for first, second in ((x, y), (x, z), (y, z)))
+def resampled_partial_taus(x: np.ndarray, y: np.ndarray, z: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Partial tau of x and y given z in each resample, as `resampled_taus`."""
+    xy, xz, yz = (resampled_taus(first, second, draws) for first, second in ((x, y), (x, z), (y, z)))
     remaining = (1 - xz**2) * (1 - yz**2)
     return np.divide(xy - xz * yz, np.sqrt(remaining), out=np.full(len(draws), np.nan), where=remaining > 1e-12)
 

@@ -17,13 +17,45 @@ DETERMINISTIC_FAILURES: frozenset[str] = frozenset({"illegal", "error", "non_fin
 """Failures that the same candidate would meet again; an equal candidate is told the same without being run."""
 
 
+UNITS = {
+    "_pct": "%",
+    "_auc": "%",
+    "_nll": "nats",
+    "_ms": "ms",
+    "_img_s": "images/s",
+    "_s": "s",
+    "_mb": "MB",
+    "_params_m": "millions",
+    "_gmacs": "GMAC",
+}
+"""The unit that the last words of a metric's name state, the first that fits. An `_auc` is the mean accuracy over a curve."""
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A measured quantity: its name carries the unit, `goal` says which way is better."""
+    """A measured quantity: `goal` says which way is better; `unit` follows from the name where it is not given, "" where neither says."""
 
     name: str
     goal: Goal
     summary: str = ""
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unit", self.unit or _unit_of(self.name))
+
+    def to_json(self) -> dict[str, str]:
+        """The arguments that make this metric again, without a unit that the name states: registered designs are named by this JSON."""
+        stated = {} if self.unit == _unit_of(self.name) else {"unit": self.unit}
+        return {"name": self.name, "goal": self.goal, "summary": self.summary, **stated}
+
+
+def stderr_name(metric: str) -> str:
+    """The name under which an evaluator reports the standard error of a metric."""
+    return f"{metric}_stderr"
+
+
+def _unit_of(name: str) -> str:
+    return next((unit for ending, unit in UNITS.items() if f"_{name}".endswith(ending)), "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from itertools import chain, count
 import optuna
 from optuna.storages import BaseStorage
 
+from results.mlflow_store import archivable_experiment, archive_experiment, experiment_named
 from results.paths import RunPaths
 from results.records import write_json_atomically
-from results.tracking import archivable_experiment, archive_experiment, experiment_named
 from search.lock import Hold
 
 

@@ -275,7 +275,7 @@ class PhaseLoop:
 
     def _asked(self, trial: optuna.Trial, candidate: Candidate) -> _Asked:
         record = TrialRecord(
-            study=self.study_name,
+            study_name=self.study_name,
             phase=self.phase.name,
             number=trial.number,
             label=candidate.label,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import optuna
 from optuna.trial import TrialState
 
-from results.effects import Contrast, Design
+from results.effects.design import Contrast, Design
 from search.study import DESIGNS_ATTRIBUTE
 
 

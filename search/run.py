@@ -242,7 +242,7 @@ def _options(options: type, args: argparse.Namespace) -> Any:
 def resolve_model(text: str, args: argparse.Namespace):
     """The spec that `text` names: of the catalogue, a method's string, a file, or a leaderboard entry by its digest."""
     if len(text) >= 6 and all(letter in "0123456789abcdef" for letter in text) and text not in catalog.names():
-        from results.tracking import check_tracking, find_candidate
+        from results.mlflow_store import check_tracking, find_candidate
         from space.model import model_from_json
 
         uri = args.tracking_uri or RunPaths(_runs_folder(args.runs)).mlflow_uri

@@ -12,9 +12,10 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 
-from results.leaderboard import attach_leaderboard, print_results
+from results.attachments import attach_leaderboard
+from results.mlflow_store import MlflowTracker, check_tracking
 from results.paths import RunPaths, journal_lock, without_password
-from results.tracking import MlflowTracker, check_tracking
+from results.text import print_results
 from search.archiving import Archiving
 from search.interruption import Interruption
 from search.lock import Hold, Lease, LockFile, StudyIsDriven
@@ -58,7 +59,7 @@ def run_study(
                 progress.say(line)
         tracker = MlflowTracker(
             uri=opened.tracking_uri,
-            study=settings.study_name,
+            study_name=settings.study_name,
             study_id=next(iter(phases.values())).user_attrs[IDENTITY_ATTRIBUTE],
             artifact_root=opened.artifact_root,
             invocation={"command": command, "seed": str(settings.seed), "data": settings.data},

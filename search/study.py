@@ -24,7 +24,7 @@ from workers.resources import Resources, resources_of
 if TYPE_CHECKING:
     import optuna
 
-    from results.effects import Design
+    from results.effects.design import Design
 
 SETTINGS_ATTRIBUTE = "settings"
 IDENTITY_ATTRIBUTE = "study_id"

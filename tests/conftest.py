@@ -19,6 +19,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("RAY_ADDRESS", None)
+# Workers of a cluster that a test starts import the tests' evaluators by name.
+os.environ["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"
 
 # Examples follow from the test alone: what has passed passes again, on a loaded machine too.
 settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)

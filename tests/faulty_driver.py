@@ -14,7 +14,7 @@ from typing import Any
 import faulty  # noqa: F401  registers the study and its evaluator
 
 import search.loop
-from results.tracking import MlflowTracker
+from results.mlflow_store import MlflowTracker
 from search.run import main
 
 

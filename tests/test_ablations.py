@@ -19,11 +19,15 @@ import pytest
 from conftest import REPOSITORY, run_command
 from optuna.trial import TrialState
 
-from results.effects import Design
-from results.leaderboard import load, load_results
+from results.attachments import attach_leaderboard
+from results.effects.design import Design
+from results.effects.text import effects_summary
+from results.mlflow_store import MlflowTracker, mlflow_client, search_runs
 from results.paths import RunPaths
 from results.records import Measurement, Metric
-from results.tracking import MlflowTracker, TrialRecord, mlflow_client, search_runs
+from results.report import load_report
+from results.study_results import load
+from results.tracking import TrialRecord
 from search.registration import register
 from search.storage import open_storage
 from search.strategies.grid import Grid
@@ -277,7 +281,7 @@ def record_cells(tracker: MlflowTracker, folder: Path, levels, seeds, first_numb
             if not (reused and level == "class_token"):
                 (left / "predictions.npz").write_bytes(predictions(level, seed))
             trial = TrialRecord(
-                study="ablations",
+                study_name="ablations",
                 phase="train",
                 number=number,
                 label=f"{level} {seed}",
@@ -310,25 +314,23 @@ def ledger(tmp_path: Path):
 
 
 def test_effects_come_from_the_runs_alone_and_say_in_how_many_looks(tmp_path: Path, ledger):
-    from results.leaderboard import attach_leaderboard
-
     levels = ("class_token", "mean", "ggem")
     first = ledger("mean", "ggem")
     done = record_cells(first, tmp_path / "files", levels, range(3), 0)
     (effects,) = attach_leaderboard(first).effects
     first.close("FINISHED")
-    assert "pooling registered before its first trial" in effects.text
-    assert "looks" not in effects.text
+    assert "pooling registered before its first trial" in effects_summary(effects)
+    assert "looked at" not in effects_summary(effects)
     second = ledger("mean", "ggem")
     record_cells(second, tmp_path / "files", levels, range(3, 7), done)
     (effects,) = attach_leaderboard(second).effects
     second.close("FINISHED")
-    assert "the data came in at least 2 looks" in " ".join(effects.text.split())
+    assert "effects were looked at 2 times or more while trials came" in " ".join(effects_summary(effects).split())
     row = effects.table.loc[effects.table["is_primary"]].iloc[0]
     arms = {level: np.mean([100 * hits(level, seed) for seed in range(7)]) for level in ("mean", "ggem")}
     assert row["effect"] == pytest.approx(arms["ggem"] - arms["mean"])
     assert row["n_seeds"] == 7
-    (again,) = load_results(RunPaths(tmp_path).mlflow_uri, "ablations").effects
+    (again,) = load_report(RunPaths(tmp_path).mlflow_uri, "ablations").effects
     pd.testing.assert_frame_equal(again.table, effects.table)
     client = mlflow_client(RunPaths(tmp_path).mlflow_uri)
     names = {file.path for file in client.list_artifacts(second.parent_run_id)}
@@ -351,18 +353,16 @@ def test_a_design_that_was_changed_after_trials_says_so(tmp_path: Path, ledger):
     second = ledger("mean", "ggem")
     record_cells(second, tmp_path / "files", ("mean",), range(2), done)
     second.close("FINISHED")
-    (effects,) = load_results(RunPaths(tmp_path).mlflow_uri, "ablations").effects
-    assert "registered after 2 trials of its arms" in " ".join(effects.text.split())
+    (effects,) = load_report(RunPaths(tmp_path).mlflow_uri, "ablations").effects
+    assert "registered after 2 trials of its arms" in " ".join(effects_summary(effects).split())
 
 
 def test_a_study_without_measured_contrast_is_shown_without_plot(tmp_path: Path, ledger):
-    from results.leaderboard import attach_leaderboard
-
     tracker = ledger("ggem")
     record_cells(tracker, tmp_path / "files", ("ggem",), range(1), 0)
     (effects,) = attach_leaderboard(tracker).effects
     assert not effects.is_measured
-    assert "not measured" in effects.text
+    assert "not measured" in effects_summary(effects)
 
 
 # The whole of it
@@ -407,7 +407,7 @@ def test_the_study_of_all_poolings_goes_on_after_a_kill_and_grows_by_a_factor(tm
     assert [trial.state for trial in told(tmp_path).trials] == [TrialState.COMPLETE] * 21
     assert sorted(measured_cells(tmp_path)) == sorted(poolings)
     uri = RunPaths(tmp_path / "runs").mlflow_uri
-    (effects,) = load_results(uri, "ablations").effects
+    (effects,) = load_report(uri, "ablations").effects
     contrasts = ["ggem - mean", *(f"{level} - class_token" for level in LEVELS["pooling"][1:])]
     rows = {(row.contrast, row.outcome): row for row in effects.table.itertuples()}
     assert rows.keys() == {(contrast, outcome) for contrast in contrasts for outcome in ("top1_pct", "nll")}

@@ -18,8 +18,8 @@ from optuna.trial import TrialState
 
 import search.archiving
 import search.service
+from results.mlflow_store import mlflow_client, search_runs
 from results.paths import RunPaths
-from results.tracking import mlflow_client, search_runs
 from search.interruption import Interruption
 from search.lock import Lease, StudyIsDriven
 from search.service import _driving, _Opened

@@ -12,23 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from results.effects import (
-    TEXT_WIDTH,
-    Cell,
-    Contrast,
-    Design,
-    Predictions,
-    effects_table,
-    effects_text,
-    levels_table,
-    levels_text,
-    published_sources,
-    read_predictions,
-    reading_notes,
-)
-from results.forest import interactive_figure, write_html, write_png
+from results.effects.design import Contrast, Design
+from results.effects.predictions import Cell, Predictions, read_predictions
+from results.effects.statistics import holm
+from results.effects.table import effects_table, levels_table
+from results.effects.text import TEXT_WIDTH, effects_text, levels_text, published_sources, reading_notes
+from results.figures.forest import interactive_figure, write_html, write_png
 from results.records import Metric
-from results.statistics import holm
 
 NUM_IMAGES = 200
 TOP1, NLL = Metric("top1_pct", "maximize"), Metric("nll", "minimize")
@@ -301,6 +291,12 @@ def test_a_design_survives_json_and_its_digest_is_of_its_content():
         Design.from_json({**plan.to_json(), "colour": "red"})
     with pytest.raises(ValueError, match="not a design: KeyError: 'contrasts'"):
         Design.from_json({})
+
+
+def test_a_registered_design_keeps_its_digest():
+    outcomes = (TOP1, NLL, Metric("patch_drop_auc", "maximize"))
+    # Registered before a metric had a unit.
+    assert design(PRIMARY, outcomes=outcomes).digest == "ee946eccfe2f86d1"
 
 
 @pytest.mark.parametrize(

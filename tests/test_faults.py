@@ -16,9 +16,9 @@ import pytest
 from conftest import REPOSITORY
 from optuna.trial import FrozenTrial, TrialState
 
+from results.mlflow_store import mlflow_client, search_runs
 from results.paths import RunPaths
 from results.records import Failure, Measurement
-from results.tracking import mlflow_client, search_runs
 from search.storage import open_storage
 from space.search_space import Candidate
 from workers.evaluate import Job

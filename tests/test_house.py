@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "ray": {"workers/pool.py", "workers/distributed.py"},
-    "mlflow": {"results/tracking.py", "results/leaderboard.py"},
+    "mlflow": {"results/mlflow_store.py"},
     "optuna": {"search/"},
     "argparse": {"search/run.py", "results/leaderboard.py"},
 }
@@ -48,6 +50,58 @@ def test_imports_point_one_way(path: Path):
     for library, rooms in ONLY_IN.items():
         if library in roots:
             assert str(path).startswith(tuple(rooms)), f"{path} imports {library}, which belongs in {rooms}"
+
+
+def imported_at_run_time(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports under the node, those inside functions too; not those that only a type checker follows."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield node
+    skipped = node.body if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING") else []
+    for child in ast.iter_child_nodes(node):
+        if child not in skipped:
+            yield from imported_at_run_time(child)
+
+
+def import_graph(paths: dict[str, Path]) -> dict[str, set[str]]:
+    """For each module of `paths` (name to file), those of them that it imports anywhere."""
+    graph: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        names: list[str] = []
+        for node in imported_at_run_time(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            else:
+                # `from package import name` imports the module `name` where there is one.
+                names += [full if (full := f"{node.module}.{alias.name}") in paths else str(node.module) for alias in node.names]
+        graph[module] = paths.keys() & set(names) - {module}
+    return graph
+
+
+def import_circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one import circle in order, the first again at its end; empty if there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return []
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_no_files_import_each_other_in_a_circle(package: str):
+    own = [path for path in MODULES if path.parts[0] == package]
+    paths = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): REPOSITORY / path for path in own}
+    circle = import_circle(import_graph(paths))
+    assert not circle, f"import circle: {' -> '.join(circle)}"
+
+
+def test_a_circle_is_found_inside_functions_and_not_in_what_only_a_type_checker_reads(tmp_path: Path):
+    paths = {name: tmp_path / f"{name}.py" for name in ("house.a", "house.b", "house.c")}
+    paths["house.a"].write_text("from house import b\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import house.c\n")
+    paths["house.b"].write_text("def f():\n    from house.c import x\n")
+    paths["house.c"].write_text("")
+    assert import_circle(import_graph(paths)) == []
+    paths["house.c"].write_text("import house.a\n")
+    assert set(import_circle(import_graph(paths))) == {"house.a", "house.b", "house.c"}
 
 
 def test_no_module_of_search_hides_another_when_run_as_a_script():

@@ -19,11 +19,16 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 import results.page as page
-from results.leaderboard import LeaderboardError, attach_leaderboard, load, load_results, main, markdown, write_html
+from results.attachments import attach_leaderboard
+from results.leaderboard import main
+from results.mlflow_store import MlflowTracker, UnreadableStudy, mlflow_client
 from results.pareto import mean_ranks, pareto_front
 from results.paths import RunPaths, default_runs
 from results.records import Failure, Measurement, Metric
-from results.tracking import MlflowTracker, TrialRecord, mlflow_client
+from results.report import load_report
+from results.study_results import load
+from results.text import markdown
+from results.tracking import TrialRecord
 
 GOALS = [Metric("length_distortion", "maximize"), Metric("ntk_condition", "minimize")]
 costs = st.integers(1, 4).flatmap(lambda k: arrays(float, st.tuples(st.integers(0, 30), st.just(k)), elements=st.integers(0, 6).map(float)))
@@ -62,7 +67,7 @@ def record(phase: str, number: int, **changes) -> TrialRecord:
         "params": {"kernel_0": number},
         "candidate": {"label": "x", "model": {}},
     }
-    return TrialRecord(study="as_vit", phase=phase, number=number, **{**fields, **changes})
+    return TrialRecord(study_name="as_vit", phase=phase, number=number, **{**fields, **changes})
 
 
 def measured(distortion: float, condition: float, **more: float) -> Measurement:
@@ -109,7 +114,7 @@ def test_every_measurement_has_one_row_with_its_rank_and_front(runs_dir):
 
 
 def test_failures_and_repeats_are_counted_apart(runs_dir):
-    results = load_results(RunPaths(runs_dir).mlflow_uri, "as_vit")
+    results = load_report(RunPaths(runs_dir).mlflow_uri, "as_vit").results
     assert results.num_failed == {"topology": {"non_finite": 1}}
     assert results.num_reused == {"topology": 1}
     assert results.phases == ["topology", "growth"]
@@ -127,7 +132,7 @@ def test_the_parent_run_carries_table_page_figure_and_description(runs_dir):
 
 
 def test_a_bar_in_a_label_does_not_break_the_description(runs_dir):
-    rows = [line for line in markdown(load_results(RunPaths(runs_dir).mlflow_uri, "as_vit")).split("\n") if line.startswith("| ")]
+    rows = [line for line in markdown(load_report(RunPaths(runs_dir).mlflow_uri, "as_vit")).split("\n") if line.startswith("| ")]
     cells = [len(re.findall(r"(?<!\\)\|", line)) for line in rows[:3]]
     assert len(set(cells)) == 1
 
@@ -150,7 +155,7 @@ def test_the_command_prints_a_table_and_writes_its_files(runs_dir, tmp_path):
 
 
 def test_the_page_loads_nothing_and_escapes_labels(runs_dir, tmp_path):
-    write_html(load_results(RunPaths(runs_dir).mlflow_uri, "as_vit"), tmp_path / "a.html")
+    page.write_html(load_report(RunPaths(runs_dir).mlflow_uri, "as_vit"), tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text()
     loaded = []
     parser = HTMLParser()
@@ -164,7 +169,7 @@ def test_the_page_loads_nothing_and_escapes_labels(runs_dir, tmp_path):
 
 def test_a_huge_table_is_cut_and_says_so(runs_dir, monkeypatch):
     monkeypatch.setattr(page, "MAX_ROWS", 5)
-    text = page.render(load_results(RunPaths(runs_dir).mlflow_uri, "as_vit"))
+    text = page.render(load_report(RunPaths(runs_dir).mlflow_uri, "as_vit"))
     assert "the 5 best of 12; the CSV has all" in text
 
 
@@ -199,7 +204,7 @@ def test_a_study_without_measurements_has_an_empty_leaderboard(runs_dir, tmp_pat
     uri = RunPaths(runs_dir).mlflow_uri
     tracker = MlflowTracker(uri, "empty", invocation={}, objectives={"topology": GOALS})
     tracker.record(record("topology", 0), Failure(kind="error", message="no"))
-    results = attach_leaderboard(tracker)
+    results = attach_leaderboard(tracker).results
     tracker.close("FAILED")
     assert results.phases == []
     assert len(results.frame) == 0
@@ -207,7 +212,7 @@ def test_a_study_without_measurements_has_an_empty_leaderboard(runs_dir, tmp_pat
 
 
 def test_an_unreachable_server_is_one_error():
-    with pytest.raises(LeaderboardError, match="connection refused"):
+    with pytest.raises(UnreadableStudy, match="connection refused"):
         load("http://127.0.0.1:9", "as_vit")
 
 
@@ -222,6 +227,6 @@ def test_one_network_under_two_recipes_has_two_rows(tmp_path: Path):
     tracker = MlflowTracker(RunPaths(tmp_path).mlflow_uri, "s", invocation={}, objectives={"train": GOALS})
     for number, recipe in enumerate(("aa", "bb", "aa")):
         tracker.record(record("train", number, digest="ab" * 8, recipe_digest=recipe), measured(1.0, 2.0))
-    results = load_results(RunPaths(tmp_path).mlflow_uri, "s")
+    results = load_report(RunPaths(tmp_path).mlflow_uri, "s").results
     assert len(results.frame) == 2
     assert results.num_reused == {"train": 1}

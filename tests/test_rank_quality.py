@@ -11,8 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-import results.rank_quality as rank_quality
-from results.rank_quality import agreement_table, kendall_tau, partial_kendall_tau, partial_rank_agreement, rank_agreement
+from results.rank_quality import (
+    agreement_table,
+    kendall_tau,
+    partial_kendall_tau,
+    partial_rank_agreement,
+    rank_agreement,
+    resampled_partial_taus,
+    resampled_taus,
+)
 
 pairs = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=40)
 triples = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=40)
@@ -36,10 +43,10 @@ def test_a_resample_has_the_taus_of_the_networks_it_drew(values):
     draws = np.random.default_rng(3).multinomial(len(x), np.full(len(x), 1 / len(x)), size=5)
     drawn = [[np.repeat(column, counts) for column in (x, y, z)] for counts in draws]
     direct = [kendall_tau(*columns[:2]) for columns in drawn]
-    assert rank_quality._resampled_taus(x, y, draws) == pytest.approx(direct, abs=1e-12, nan_ok=True)
+    assert resampled_taus(x, y, draws) == pytest.approx(direct, abs=1e-12, nan_ok=True)
     partial = [partial_kendall_tau(*columns) for columns in drawn]
     # Dividing by up to 1e-6 blows up the rounding of the numerator.
-    assert rank_quality._resampled_partial_taus(x, y, z, draws) == pytest.approx(partial, abs=1e-9, nan_ok=True)
+    assert resampled_partial_taus(x, y, z, draws) == pytest.approx(partial, abs=1e-9, nan_ok=True)
 
 
 def test_the_interval_covers_the_true_tau_about_as_often_as_it_says():
@@ -58,7 +65,7 @@ def test_the_interval_covers_the_true_tau_about_as_often_as_it_says():
 def test_the_interval_of_many_networks_is_that_of_the_full_bootstrap(monkeypatch):
     x, noise = np.random.default_rng(0).normal(size=(2, 1500))
     full = rank_agreement(x, x + noise, seed=0)
-    monkeypatch.setattr(rank_quality, "MAX_BOOTSTRAP_POINTS", 500)
+    monkeypatch.setattr("results.rank_quality.MAX_BOOTSTRAP_POINTS", 500)
     shrunk = rank_agreement(x, x + noise, seed=0)
     assert shrunk.tau == full.tau
     assert (shrunk.high - shrunk.low) / (full.high - full.low) == pytest.approx(1, abs=0.15)  # quantiles of 1000 resamples

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.stats import t
 
-from results.robustness_plot import area_pct, mean_and_half_width, read_curves, write_html, write_png
+from results.curves import area_pct, mean_and_half_width, read_curves
+from results.figures.robustness import write_html, write_png
 from space.model import build_model
 from space.recipe import Recipe
 from space.spec import ArchSpec, BlockSpec, Component, StageSpec

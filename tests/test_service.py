@@ -13,9 +13,9 @@ from conftest import run_command
 from optuna.trial import TrialState
 
 import search
-from results.leaderboard import load
+from results.mlflow_store import MlflowTracker, mlflow_client, search_runs
 from results.paths import RunPaths
-from results.tracking import MlflowTracker, mlflow_client, search_runs
+from results.study_results import load
 from search.interruption import Interruption
 from search.storage import open_storage
 from search.study import RunSettings, SettingsError, open_phase, studies

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap, permutation_test, ttest_1samp
 
-from results.statistics import (
+from results.effects.statistics import (
     MAX_EXACT_SEEDS,
     holm,
     minimum_detectable_effect,
@@ -98,7 +98,7 @@ def test_no_difference_anywhere_is_an_interval_of_nothing(method):
 def test_intervals_do_not_depend_on_the_chunk(monkeypatch):
     D = np.random.default_rng(0).normal(size=(3, 50))
     whole = paired_bootstrap(D, seed=0, num_resamples=300)
-    monkeypatch.setattr("results.statistics.CHUNK_ELEMENTS", 50 * 7)
+    monkeypatch.setattr("results.effects.statistics.CHUNK_ELEMENTS", 50 * 7)
     pieces = paired_bootstrap(D, seed=0, num_resamples=300)
     assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), abs=1e-6)  # float32 sum order
 

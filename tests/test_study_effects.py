@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from results.effects import Contrast, Design
-from results.leaderboard import attach_leaderboard, load_results, markdown, print_results
+from results.attachments import attach_leaderboard
+from results.effects.design import Contrast, Design
+from results.effects.study import Effects, merge_designs
+from results.effects.text import effects_markdown, effects_summary
+from results.mlflow_store import DESIGNS_FILE, MlflowTracker, mlflow_client
 from results.page import render
 from results.paths import RunPaths
 from results.records import Failure, Measurement, Metric
-from results.study_effects import Effects, merge_designs
-from results.tracking import DESIGNS_FILE, MlflowTracker, TrialRecord, mlflow_client
+from results.report import load_report
+from results.text import markdown, print_results
+from results.tracking import TrialRecord
 
 TOP1, NLL = Metric("top1_pct", "maximize"), Metric("nll", "minimize")
 DROP = Metric("patch_drop_auc", "maximize")
@@ -44,9 +48,9 @@ def npz(**arrays: Any) -> bytes:
     return file.getvalue()
 
 
-def predictions(seed: int) -> bytes:
+def predictions(seed: int, num_images: int = NUM_IMAGES) -> bytes:
     generator = np.random.default_rng(seed)
-    return npz(ids=np.arange(NUM_IMAGES), labels=np.arange(NUM_IMAGES) % 3, logits=generator.normal(size=(NUM_IMAGES, 3)))
+    return npz(ids=np.arange(num_images), labels=np.arange(num_images) % 3, logits=generator.normal(size=(num_images, 3)))
 
 
 def robustness(seed: int, ids: np.ndarray | None = None) -> bytes:
@@ -73,7 +77,7 @@ class Ledger:
         folder = self.root / "files" / str(self.number)
         folder.mkdir(parents=True)
         trial = TrialRecord(
-            study="ablations",
+            study_name="ablations",
             phase="train",
             number=self.number,
             label=f"{factor}={level}",
@@ -96,7 +100,7 @@ class Ledger:
                 self.record(tracker, factor, level, seed, {"predictions.npz": predictions(seed)})
 
     def effects(self) -> Effects:
-        (found,) = load_results(self.uri, "ablations").effects
+        (found,) = load_report(self.uri, "ablations").effects
         return found
 
 
@@ -127,12 +131,12 @@ def test_a_damaged_artifact_costs_its_trial_and_is_named_wherever_effects_are_sh
     ledger.record_arms(tracker, "pooling", "class_token", "mean")
     ledger.record(tracker, "pooling", "class_token", 2, {"predictions.npz": predictions(2)})
     ledger.record(tracker, "pooling", "mean", 2, damage({"predictions.npz": predictions(2)}))
-    results = attach_leaderboard(tracker)
+    report = attach_leaderboard(tracker)
     tracker.close("FINISHED")
-    row = results.effects[0].table.iloc[0]
+    row = report.effects[0].table.iloc[0]
     assert (row["n_seeds"], row["missing"]) == (2, f"mean lacks seed 2 ({reason})")
-    assert len(results.frame) == 6
-    for shown in (" ".join(results.effects[0].text.split()), markdown(results), render(results)):
+    assert len(report.results.frame) == 6
+    for shown in (" ".join(effects_summary(report.effects[0]).split()), markdown(report), render(report)):
         assert f"missing: {row['missing']}" in shown
 
 
@@ -146,20 +150,21 @@ def test_failures_are_told_from_cells_that_were_not_run(ledger: Ledger):
     ledger.record(tracker, "pooling", "class_token", 4, {"predictions.npz": predictions(4)})
     effects = ledger.effects()
     assert effects.table["missing"][0] == "mean lacks seed 2 (failed: non_finite), seed 3, 4 (not run)"
-    assert "| pooling: mean |" in effects.markdown
-    assert "| 2 | mean lacks seed 2 (failed: non_finite), seed 3, 4 (not run) |" in effects.markdown
+    assert "| pooling: mean |" in effects_markdown(effects)
+    assert "| 2 | mean lacks seed 2 (failed: non_finite), seed 3, 4 (not run) |" in effects_markdown(effects)
 
 
-def test_the_leaderboard_stands_when_effects_cannot_be_stated(ledger: Ledger, monkeypatch, capsys):
+def test_the_leaderboard_stands_when_effects_cannot_be_stated(ledger: Ledger, capsys):
     tracker = ledger.open(design(MEAN))
-    ledger.record_arms(tracker, "pooling", "class_token", "mean")
-    monkeypatch.setattr("results.study_effects.effects_table", lambda *_, **__: 1 / 0)
-    results = attach_leaderboard(tracker)
-    assert len(results.frame) == 4
-    assert results.effects_failure == "effects could not be stated: ZeroDivisionError: division by zero"
-    print_results(results, 5)
-    for shown in (capsys.readouterr().out, markdown(results), render(results)):
-        assert results.effects_failure in shown
+    for level in ("class_token", "mean"):
+        ledger.record(tracker, "pooling", level, 0, {"predictions.npz": predictions(0, num_images=1)})
+    report = attach_leaderboard(tracker)
+    assert len(report.results.frame) == 2
+    reason = "ValueError: one seed and one image have no interval: nothing can be resampled"
+    assert report.effects_failure == f"effects could not be stated: {reason}"
+    print_results(report, 5)
+    for shown in (capsys.readouterr().out, markdown(report), render(report)):
+        assert report.effects_failure in shown
 
 
 def test_designs_that_cannot_be_read_are_named_and_the_others_count(ledger: Ledger):
@@ -193,7 +198,7 @@ def test_a_phase_that_is_no_longer_asked_for_keeps_its_effects(ledger: Ledger):
     ledger.record_arms(tracker, "pooling", "class_token", "mean")
     tracker.close("FINISHED")
     ledger.open(design(MEAN)).close("FINISHED")
-    assert [one.phase for one in load_results(ledger.uri, "ablations").effects] == ["train", "probe"]
+    assert [one.phase for one in load_report(ledger.uri, "ablations").effects] == ["train", "probe"]
 
 
 def test_each_test_counts_the_trials_of_its_arms_that_came_before_it(ledger: Ledger):
@@ -253,4 +258,4 @@ def test_curves_of_all_levels_are_drawn_over_their_seeds(ledger: Ledger):
 def test_hints_are_commands_that_can_be_pasted(ledger: Ledger):
     tracker = ledger.open(design(MEAN))
     ledger.record_arms(tracker, "pooling", "class_token", "mean")
-    assert "1 row on other outcomes: python -m results.leaderboard ablations --html FILE" in ledger.effects().text
+    assert "1 row on other outcomes: python -m results.leaderboard ablations --html FILE" in effects_summary(ledger.effects())

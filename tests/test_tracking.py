@@ -9,23 +9,25 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-import results.tracking as tracking
-from results.paths import RunPaths, without_password
-from results.records import Failure, Measurement, Metric
-from results.tracking import (
+import results.mlflow_store as mlflow_store
+from results.mlflow_store import (
     MlflowTracker,
-    NullTracker,
-    TrialRecord,
     archive_experiment,
     check_tracking,
+    fetch_artifact,
     find_candidate,
     mlflow_client,
+    read_artifact,
     search_runs,
 )
+from results.paths import RunPaths, without_password
+from results.records import Failure, Measurement, Metric
+from results.tracking import NullTracker, TrialRecord
 
 OBJECTIVES = {"topology": [Metric("score", "maximize")]}
 MEASURED = Measurement(
@@ -42,7 +44,7 @@ FAILED = Failure(kind="out_of_memory", message="needs 9 GB", traceback="Tracebac
 
 def trial(number: int, **changes) -> TrialRecord:
     record = TrialRecord(
-        study="study",
+        study_name="study",
         phase="topology",
         number=number,
         label=f"net {number}",
@@ -57,7 +59,7 @@ def trial(number: int, **changes) -> TrialRecord:
 def empty_store(tmp_path_factory) -> Path:
     """MLflow takes two seconds to make its tables; each test copies them."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracking._create_sqlite_store(path)
+    mlflow_client(f"sqlite:///{path}").search_experiments()
     return path
 
 
@@ -118,6 +120,24 @@ def test_what_was_recorded_is_read_back_by_another_tracker(paths, outcome):
     assert second.finished_outcome("topology", 1) is None
 
 
+@pytest.mark.parametrize("num_params", [60, 250])
+@pytest.mark.parametrize("outcome", [MEASURED, FAILED], ids=["measurement", "failure"])
+def test_no_parameter_is_lost(paths, num_params, outcome):
+    params = {f"kernel_{index}": index for index in range(num_params)}
+    make(paths, invocation=params).record(trial(0, params=params), outcome)
+    for kind in ("trial", "invocation"):
+        (run,) = runs(paths, kind)
+        assert run.data.params == {name: str(value) for name, value in params.items()}
+
+
+def test_a_parameter_that_mlflow_cannot_hold_is_cut_and_kept_whole_as_an_artifact(paths):
+    params = {"blocks": "3,4," * 5000, "depth": 2}
+    make(paths).record(trial(0, params=params), MEASURED)
+    (run,) = runs(paths)
+    assert run.data.params == {"blocks": ("3,4," * 5000)[:499] + "…", "depth": "2"}
+    assert json.loads(read_artifact(mlflow_client(paths.mlflow_uri), run, "params.json") or "") == params
+
+
 def test_a_failure_has_its_kind_as_tag_and_its_traceback_as_artifact(paths):
     make(paths).record(trial(0), FAILED)
     (run,) = runs(paths)
@@ -149,18 +169,42 @@ def test_a_curve_does_not_hide_the_final_value(paths):
     assert tracker.finished_outcome("topology", 0) == MEASURED
 
 
+class Unread(Mapping[str, str]):
+    """A candidate that `stop` interrupts when the tracker reads it: after metrics and files, before the end of the run."""
+
+    def __init__(self, stop: Callable[[], object]):
+        self.stop = stop
+
+    def __iter__(self):
+        self.stop()
+        return iter(("label",))
+
+    def __getitem__(self, key: str) -> str:
+        return "net"
+
+    def __len__(self) -> int:
+        return 1
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def wait_to_be_killed() -> None:
+    print("ready", flush=True)
+    sys.stdin.read()
+
+
 KILLED_DRIVER = """
 import sys
-from test_tracking import FAILED, MEASURED, OBJECTIVES, RunPaths, make, trial
+from test_tracking import MEASURED, RunPaths, Unread, make, trial, wait_to_be_killed
 tracker = make(RunPaths(sys.argv[1]))
 tracker.record(trial(0), MEASURED)
 tracker.open(trial(1))
 tracker.open(trial(2))
 if sys.argv[2] == "after the metrics":
-    tracker._write_text = lambda *args: print("ready", flush=True) or sys.stdin.read()
-    tracker.record(trial(1), MEASURED)
-print("ready", flush=True)
-sys.stdin.read()
+    tracker.record(trial(1, candidate=Unread(wait_to_be_killed)), MEASURED)
+wait_to_be_killed()
 """
 
 
@@ -202,7 +246,7 @@ def test_a_trial_interrupted_by_close_goes_on_in_its_own_run(paths):
 
 
 def test_no_run_is_missed_beyond_a_page(paths, monkeypatch):
-    monkeypatch.setattr(tracking, "PAGE_SIZE", 3)
+    monkeypatch.setattr(mlflow_store, "PAGE_SIZE", 3)
     first = make(paths)
     for number in range(10):
         first.open(trial(number))
@@ -274,7 +318,7 @@ def test_nothing_is_created_by_looking(tmp_path):
 
 def test_a_store_appears_whole(tmp_path):
     path = tmp_path / "runs" / "mlflow.db"
-    tracking._create_sqlite_store(path)
+    MlflowTracker(f"sqlite:///{path}", "study", invocation={}, objectives=OBJECTIVES)
     assert [file.name for file in path.parent.iterdir()] == ["mlflow.db"]
     with sqlite3.connect(path) as database:
         assert database.execute("select count(*) from alembic_version").fetchone() == (1,)
@@ -331,23 +375,27 @@ def test_the_files_of_a_trial_are_artifacts_of_its_run(paths, tmp_path):
     assert files(paths, second) == {}
 
 
-def test_files_go_to_a_store_that_is_no_local_folder_too(paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "_local_folder", lambda uri: None)
+def test_files_go_to_a_store_that_is_no_local_folder_too(paths, tmp_path):
+    # MLflow itself writes to a folder named with a host; the tracker, which takes the short way to local ones, asks it to.
+    location = f"file://127.0.0.1{paths.artifact_root}"
+    mlflow_client(paths.mlflow_uri).create_experiment("study", location)
     tracker = make(paths)
     tracker.record(trial(0), MEASURED, leave_files(tmp_path / "left"))
     (run,) = runs(paths)
+    assert (run.info.artifact_uri or "").startswith(location)
     assert files(paths, run) == {"predictions.npz": "numbers", "plots/curve.svg": "<svg/>"}
-    assert tracking.fetch_artifact(mlflow_client(paths.mlflow_uri), run, "predictions.npz", tmp_path)
+    assert fetch_artifact(mlflow_client(paths.mlflow_uri), run, "predictions.npz", tmp_path)
     assert (tmp_path / "predictions.npz").read_text() == "numbers"
-    assert not tracking.fetch_artifact(mlflow_client(paths.mlflow_uri), run, "robustness.npz", tmp_path)
+    assert not fetch_artifact(mlflow_client(paths.mlflow_uri), run, "robustness.npz", tmp_path)
 
 
-def test_a_crash_between_the_files_and_the_end_of_the_run_is_made_good(paths, tmp_path, monkeypatch):
+def test_a_crash_between_the_files_and_the_end_of_the_run_is_made_good(paths, tmp_path):
     left = leave_files(tmp_path / "left")
-    first = make(paths)
-    monkeypatch.setattr(first, "_write_text", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        first.record(trial(0), MEASURED, left)
+        make(paths).record(trial(0, candidate=Unread(interrupt)), MEASURED, left)
+    (run,) = runs(paths)
+    assert (run.info.status, run.data.metrics["score"]) == ("RUNNING", MEASURED.values["score"])
+    assert files(paths, run) == {"predictions.npz": "numbers", "plots/curve.svg": "<svg/>"}
     make(paths).record(trial(0), MEASURED, left)
     (run,) = runs(paths)
     assert run.info.status == "FINISHED"
@@ -362,7 +410,7 @@ def test_points_arrive_while_the_trial_runs(paths, monkeypatch):
     tracker.flush()
     (run,) = runs(paths)
     assert not run.data.metrics
-    monkeypatch.setattr(tracking, "FLUSH_INTERVAL_S", 0.0)
+    monkeypatch.setattr(mlflow_store, "FLUSH_INTERVAL_S", 0.0)
     tracker.flush()
     (run,) = runs(paths)
     assert run.info.status == "RUNNING"
@@ -381,5 +429,6 @@ def test_a_run_that_was_open_before_learns_whose_measurement_it_was_given(paths)
 def test_designs_stand_in_the_parent_run_before_any_trial(paths):
     make(paths, designs={"train": {"name": "ablations"}})
     (parent,) = runs(paths, "invocation")
-    assert json.loads(tracking.read_artifact(mlflow_client(paths.mlflow_uri), parent, "designs.json")) == {"train": {"name": "ablations"}}
+    stored = read_artifact(mlflow_client(paths.mlflow_uri), parent, "designs.json")
+    assert json.loads(stored or "") == {"train": {"name": "ablations"}}
     assert parent.data.tags["designs"] == "train"

@@ -32,7 +32,7 @@ from space.search_space import Axis, Candidate, SearchSpace
 from space.spec import ArchSpec, Component, full_choices
 
 if TYPE_CHECKING:
-    from results.effects import Contrast, Design
+    from results.effects.design import Contrast, Design
     from workers.evaluator import Call
 
 LEVELS: dict[str, tuple[str, ...]] = {
@@ -341,7 +341,7 @@ def _probe_phases(run: RunSettings, reference: Candidate, points: Sequence[Mappi
 
 def ablation_design(levels: Mapping[str, Sequence[str]], model: Model, *, has_robustness: bool) -> Design:
     """What is tested: the primary contrast of each factor, and every level against the reference."""
-    from results.effects import Contrast, Design
+    from results.effects.design import Contrast, Design
 
     curves = [Metric(name, "maximize") for name in ROBUSTNESS if has_robustness]
     outcomes = (Metric("top1_pct", "maximize"), Metric("nll", "minimize"), *curves)
@@ -364,7 +364,7 @@ def _primary(factor: str, others: Sequence[str], *, is_cnn: bool, has_robustness
 
     `published` is the lower end of what was published: a design that can see it can see the rest.
     """
-    from results.effects import Contrast
+    from results.effects.design import Contrast
 
     if factor == "pooling" and {"ggem", "mean"} <= set(others):
         source = "GGeM (https://arxiv.org/abs/2212.04114): +0.1 to +0.7 points on ImageNet-1k"
@@ -394,7 +394,7 @@ def _primary(factor: str, others: Sequence[str], *, is_cnn: bool, has_robustness
 
 
 def _against_reference(factor: str, reference: str, others: Sequence[str], primary: Contrast) -> list[Contrast]:
-    from results.effects import Contrast
+    from results.effects.design import Contrast
 
     contrasts = [Contrast(factor=factor, levels=(level,), baseline=reference, outcome="top1_pct") for level in others]
     return [contrast for contrast in contrasts if contrast.text != primary.text]

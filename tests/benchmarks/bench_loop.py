@@ -21,9 +21,9 @@ import optuna
 from machine import machine
 
 import search.loop
+from results.mlflow_store import MlflowTracker
 from results.paths import RunPaths
 from results.records import Metric
-from results.tracking import MlflowTracker
 from search.lock import LockFile
 from search.loop import Measuring, PhaseLoop
 from search.progress import Progress

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from results.curves import area_pct, read_curves
+from results.figures.robustness import write_html, write_png
 from results.records import Metric, write_bytes_atomically
-from results.robustness_plot import area_pct, read_curves, write_html, write_png
 from space.model import Model
 from space.randomness import stream
 from space.recipe import Recipe

@@ -13,8 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from results.effects import format_effect, format_interval, format_p
-from results.plots import BEST, FRONT, GREY, GRID, INK, SOFT, STYLE
+from results.figures.style import BEST, FRONT, GREY, GRID, INK, SOFT, STYLE
+from results.formats import format_effect, format_interval, format_p
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +30,7 @@ NOTE = "filled: the test rejects (others than primary after Holm) and the interv
 
 
 def _places(table: pd.DataFrame) -> dict[tuple[str, str], int]:
-    """Which line each (factor, contrast) is on; (factor, "") is the line of the factor's name."""
+    """The line of each (factor, contrast); (factor, "") is the line of the factor's name."""
     places: dict[tuple[str, str], int] = {}
     line = 0
     for factor, rows in table.groupby("factor", sort=False):
@@ -54,7 +54,7 @@ def _heading(rows: pd.DataFrame) -> str:
 
 
 def _short(contrast: str) -> str:
-    """A mean over many levels by their number: a row of the figure has room for two lines."""
+    """The contrast with a mean over many levels shortened to their number: a row has room for two lines."""
     found = re.fullmatch(r"mean\((.+)\)( - .+)", contrast)
     levels = found[1].split(", ") if found else []
     return f"mean of {len(levels)} levels{found[2]}" if found and len(levels) > 2 else contrast
@@ -65,7 +65,7 @@ def _axis_title(rows: pd.DataFrame) -> str:
 
 
 def write_png(table: pd.DataFrame, path: Path, title: str) -> None:
-    """The table of `effects_table` at README width (1800 pixels)."""
+    """Draw a table of `effects_table` at README width (1800 pixels)."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -14,31 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from results.figures.style import BEST, FAMILY, FRONT, GREY, GRID, INK, LINE, SOFT, STYLE
+from results.formats import count, format_value
 from results.pareto import pareto_front, to_minimize
-from results.records import Metric
+from results.records import Metric, stderr_name
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
     from matplotlib.axes import Axes
 
-    from results.leaderboard import StudyResults
-
-INK, SOFT, GREY, GRID = "#1b2a3a", "#5a6b7c", "#8aa1b8", "#e6ebf0"
-FRONT, LINE, BEST, FAMILY = "#d1495b", "#1b2a3a", "#f2b134", "#2a8c82"
-STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-"""Of every figure that matplotlib draws here."""
+    from results.study_results import StudyResults
 
 MAX_PLOTTED = 5000
+MAX_HOVER_PARAMS = 16
 AXIS_TITLES = {
     "gmacs": "GMACs",
     "params_m": "parameters (millions)",
@@ -64,7 +53,7 @@ class Panel:
 
     @property
     def error(self) -> str | None:
-        name = f"{self.metric.name}_stderr"
+        name = stderr_name(self.metric.name)
         return name if name in self.rows else None
 
     def cost_front(self) -> pd.DataFrame:
@@ -94,7 +83,7 @@ def panels(results: StudyResults) -> list[list[Panel]]:
 
 
 def _drawn(rows: pd.DataFrame) -> pd.DataFrame:
-    """All rows, or of a huge study its front, its family and its best."""
+    """All rows; of more than `MAX_PLOTTED`, only the front, the family and the best."""
     if len(rows) <= MAX_PLOTTED:
         return rows
     is_kept = rows["is_front"].to_numpy(dtype=bool) | (np.arange(len(rows)) < MAX_PLOTTED)
@@ -124,13 +113,13 @@ def write_png(results: StudyResults, path: Path) -> None:
         if handles:
             figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
         figure.suptitle(
-            f"{results.provenance.study}: {len(results.frame)} measurements on {', '.join(results.provenance.devices) or 'no device'}",
+            f"{results.provenance.study_name}: {len(results.frame)} measurements on {', '.join(results.provenance.devices) or 'no device'}",
             fontsize=13,
             fontweight="bold",
             x=0.01,
             ha="left",
         )
-        figure.savefig(path, format="png", metadata={"Source": results.provenance.study})
+        figure.savefig(path, format="png", metadata={"Source": results.provenance.study_name})
 
 
 def _draw(axis: Axes, panel: Panel) -> None:
@@ -242,8 +231,6 @@ def interactive_figure(row: Sequence[Panel]) -> go.Figure:
 def _hover(rows: pd.DataFrame, panel: Panel) -> list[str]:
     from html import escape
 
-    from results.leaderboard import format_value
-
     texts = []
     for row in rows.to_dict("records"):
         score = format_value(row[panel.metric.name])
@@ -252,7 +239,9 @@ def _hover(rows: pd.DataFrame, panel: Panel) -> list[str]:
         chosen = [f"{name} = {value}" for name, value in json.loads(row["params"]).items()]
         lines = [f"<b>{escape(str(row['label']))}</b>", f"{row['digest']}  rank {row['rank']}, trial {row['trial']}"]
         lines += [f"{panel.metric.name} {score}", f"{panel.cost} {format_value(row[panel.cost])}"]
-        lines += [escape(", ".join(chosen[start : start + 4])) for start in range(0, min(len(chosen), 16), 4)]
+        lines += [escape(", ".join(chosen[start : start + 4])) for start in range(0, min(len(chosen), MAX_HOVER_PARAMS), 4)]
+        if len(chosen) > MAX_HOVER_PARAMS:
+            lines.append(f"and {count(len(chosen) - MAX_HOVER_PARAMS, 'more parameter')}")
         texts.append("<br>".join(lines))
     return texts
 

@@ -1,13 +1,12 @@
 """Accuracy of networks over the levels of a corruption, a panel for each corruption: PNG for papers, SVG in HTML for the browser.
 
-A curve is `(levels, accuracy)`: levels `(L,)`, the first that of the clean image, and accuracy `(S, L)` in percent, a row for each seed.
-Levels are percent of the cells, and for the permutation log2 of the number of tiles.
+`results/curves.py` says what a curve is.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from results.plots import BEST, FAMILY, FRONT, GREY, GRID, INK, SOFT, STYLE
+from results.curves import Curve, Curves, area_pct, mean_and_half_width
+from results.figures.style import BEST, FAMILY, FRONT, GREY, GRID, INK, SOFT, STYLE
 from results.records import write_bytes_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Curve = tuple[np.ndarray, np.ndarray]
-Curves = Mapping[str, Mapping[str, Curve]]
-"""Networks by label, and the curves of each by name."""
 
 PANELS = {
     "patch_mix_coarse": ("Patch-mix, coarse grid", "foreign cells (%)"),
@@ -33,41 +29,10 @@ PANELS = {
     "permutation": ("Patch permutation", "shuffled tiles"),
 }
 COLOURS = (FAMILY, FRONT, BEST, INK, "#7b5ea7", "#4a90c2", "#a0693a", "#7d9a3c")
-CONFIDENCE = 0.95
 MAX_AREAS = 6
-"""Up to so many networks their areas are written into the panels."""
+"""Areas are written into the panels only for this many networks or fewer."""
 
 SVG = "http://www.w3.org/2000/svg"
-
-
-def read_curves(paths: Sequence[Path]) -> dict[str, Curve]:
-    """The curves in the `robustness.npz` of each seed of a network; raises ValueError if they are of different levels."""
-    curves: dict[str, Curve] = {}
-    for name in PANELS:
-        levels, accuracy = [], []
-        for path in paths:
-            with np.load(path) as stored:
-                levels.append(stored[f"{name}_levels"])
-                accuracy.append(100 * stored[name].mean(axis=0))
-        if different := [path for path, found in zip(paths, levels, strict=True) if not np.array_equal(found, levels[0])]:
-            raise ValueError(f"{different[0]} and {paths[0]} were measured at different levels of {name}; curves of one network share them")
-        curves[name] = (levels[0], np.stack(accuracy))
-    return curves
-
-
-def area_pct(levels: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
-    """Area under each curve by the trapezoidal rule over its width: the mean accuracy `(..., L) -> (...)`, in percent."""
-    return np.trapezoid(accuracy, levels, axis=-1) / (levels[-1] - levels[0])
-
-
-def mean_and_half_width(accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Mean over the seeds `(S, L) -> (L,)` and half the width of its 95 % interval by Student's t; None for a single seed."""
-    from scipy.stats import t
-
-    S = len(accuracy)
-    if S == 1:
-        return accuracy[0], None
-    return accuracy.mean(axis=0), t.ppf((1 + CONFIDENCE) / 2, S - 1) * accuracy.std(axis=0, ddof=1) / np.sqrt(S)
 
 
 def write_png(curves: Curves, path: Path, *, title: str, chance_pct: float) -> None:
@@ -80,7 +45,7 @@ def write_png(curves: Curves, path: Path, *, title: str, chance_pct: float) -> N
 
 
 def write_html(curves: Curves, path: Path, *, title: str, chance_pct: float) -> None:
-    """The same figure as a page that loads nothing; resting on a point shows its network, level and accuracy."""
+    """The same figure as a page that loads nothing; hovering over a point shows its network, level and accuracy."""
     with _style():
         figure = _figure(curves, title, chance_pct)
         buffer = io.BytesIO()

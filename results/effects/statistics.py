@@ -1,4 +1,4 @@
-"""Paired comparisons of trained networks: intervals, exact tests, equivalence and what a design can see at all.
+"""Paired comparisons of trained networks: intervals, exact tests, equivalence and the smallest effects that a design can find.
 
 Two networks are compared through the differences (S, N) of one per-image outcome: S seeds, the same in both arms, and N
 test images, the same for every seed. Letters here: S seeds, N images, R resamples. A comparison over seeds asks about
@@ -24,20 +24,20 @@ Alternative = Literal["two-sided", "greater", "less"]
 BootstrapMethod = Literal["calibrated", "percentile", "bca"]
 
 MAX_EXACT_SEEDS = 20
-"""Up to here a sign-flip test looks at all 2^S patterns; 2^20 sums are 8 MB."""
+"""With this many seeds or fewer, a sign-flip test uses all 2^S patterns; 2^20 sums are 8 MB."""
 
 NUM_RANDOM_FLIPS = 200_000
 MAX_SIMULATED_SEEDS = 12
-"""Up to here the power of a sign-flip test is that of all its patterns, beyond that of 2^12 random ones."""
+"""With this many seeds or fewer, the power of a sign-flip test is computed over all patterns, else over 2^12 random ones."""
 
 NUM_SIMULATED = 10_000
 CHUNK_ELEMENTS = 4_000_000
-"""Image counts that the bootstrap holds at a time: some 100 MB with their draws."""
+"""Image counts that the bootstrap holds in memory at a time: about 100 MB with their draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean difference with the ends of its bootstrap interval; `resampled` names what the interval speaks of."""
+    """A mean difference with the ends of its bootstrap interval; `resampled` names what the interval generalises over."""
 
     estimate: float
     low: float
@@ -48,13 +48,13 @@ class Interval:
 
     @property
     def resampled(self) -> tuple[str, ...]:
-        """What there is more than one of: an interval of a single seed is over images only and knows no seed noise."""
+        """`seeds` and `images`, each if there are several: the interval of a single seed ignores the noise of seeds."""
         return tuple(name for name, num in (("seeds", self.num_seeds), ("images", self.num_images)) if num > 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SignFlip:
-    """`smallest_p` is the least that so many seeds could have given, whatever the effect."""
+    """A sign-flip test's result; `smallest_p` is the least p that this many seeds can give, whatever the effect."""
 
     p_value: float
     smallest_p: float
@@ -167,7 +167,7 @@ def _two_way(differences: np.ndarray) -> np.ndarray:
 
 
 def _image_weights(N: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each resample drew each image, over N: (rows, N) float32, some rows at a time."""
+    """The share of each image in each resample: blocks of (rows, N) float32."""
     if N == 1:
         yield np.ones((num_resamples, 1), dtype=np.float32)
         return
@@ -181,7 +181,7 @@ def _image_weights(N: int, num_resamples: int, seed: int) -> Iterator[np.ndarray
 
 
 def _t_over_z(S: int, confidence: float) -> float:
-    """By how much the seeds' bootstrap is too narrow: its bias, and the quantile it takes for a known variance."""
+    """The factor by which the bootstrap over S seeds is too narrow: bias of its variance times t over normal quantile."""
     from scipy.stats import norm, t
 
     upper = (1 + confidence) / 2
@@ -209,7 +209,7 @@ def _bca_tails(found: Bootstrap, confidence: float) -> tuple[float, float]:
 
 
 def sign_flip_test(values: Sequence[float] | np.ndarray, *, alternative: Alternative = "two-sided", seed: int = 0) -> SignFlip:
-    """Whether the mean of `values` (S,), one paired difference per seed, is 0: were the arms alike, any sign would do.
+    """Test that the mean of `values` (S,), one paired difference per seed, is 0: if the arms are equal, each sign is random.
 
     Exact over all 2^S sign patterns up to `MAX_EXACT_SEEDS`; beyond, over `NUM_RANDOM_FLIPS` random ones from `seed` with
     the observed pattern counted in. It assumes that differences are symmetric around 0 under the null, no distribution.
@@ -238,7 +238,7 @@ def sign_flip_test(values: Sequence[float] | np.ndarray, *, alternative: Alterna
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Holm's step-down adjustment (M,) -> (M,): rejecting what is at most alpha keeps the family-wise error at alpha."""
+    """Holm's adjusted p-values (M,) -> (M,): rejecting those at most alpha keeps the family-wise error at alpha."""
     p = np.asarray(p_values, dtype=float)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"p-values are a list of numbers in [0, 1], got {p_values!r}")
@@ -265,7 +265,7 @@ def tost(values: Sequence[float] | np.ndarray, margin: float) -> float:
 
 
 def t_test_power(effect: float, sd: float, n: int, *, alpha: float = 0.05) -> float:
-    """How often a two-sided paired t-test of n differences with this mean and standard deviation rejects."""
+    """The power of a two-sided paired t-test of n differences with this mean and standard deviation."""
     from scipy.stats import nct, t
 
     if n < 2 or not sd > 0:

@@ -1,0 +1,53 @@
+"""What the parent run of a study is given in MLflow: tables, pages, figures, and a description that MLflow's pages show."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from results.effects.study import Effects
+from results.figures import forest, leaderboard, robustness
+from results.mlflow_store import MlflowTracker
+from results.page import write_html
+from results.report import StudyReport, load_report
+from results.text import markdown
+
+
+def attach_leaderboard(tracker: MlflowTracker) -> StudyReport:
+    """Give the tracker's parent run the leaderboard as CSV, HTML and PNG, and a description that shows its head."""
+    report = load_report(tracker.uri, tracker.study_name)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        report.results.frame.to_csv(folder / "leaderboard.csv", index=False)
+        write_html(report, folder / "leaderboard.html")
+        leaderboard.write_png(report.results, folder / "leaderboard.png")
+        try:
+            _write_effects(report.effects, folder)
+        except Exception as error:  # whatever is wrong with the effects, the measurements stand
+            report = report.without_effects(error)
+        tracker.attach(description=markdown(report), files=sorted(folder.iterdir()))
+    return report
+
+
+def _write_effects(effects: Sequence[Effects], folder: Path) -> None:
+    """Of each design: tables of effects and levels, the design, the forest plot and the robustness curves of each factor.
+
+    The names of the first design are plain, those of the others end in their phase; with several factors, those of the curves
+    end in the factor.
+    """
+    for index, one in enumerate(effects):
+        suffix = f"_{one.phase}" if index else ""
+        one.table.to_csv(folder / f"effects{suffix}.csv", index=False)
+        one.levels.to_csv(folder / f"levels{suffix}.csv", index=False)
+        (folder / f"effects{suffix}.json").write_text(json.dumps(one.design.to_json(), indent=1))
+        if one.is_measured:
+            title = f"{one.study_name}/{one.phase}"
+            forest.write_png(one.table, folder / f"forest{suffix}.png", title)
+            forest.write_html(one.table, folder / f"forest{suffix}.html", title)
+        for factor, measured in one.robustness.items():
+            of_factor = f"_{factor}" if len(one.design.factors) > 1 else ""
+            title = f"{one.study_name}/{one.phase}: robustness, {factor}, mean over seeds with 95 % interval"
+            for write, kind in ((robustness.write_png, "png"), (robustness.write_html, "html")):
+                write(measured.curves, folder / f"robustness{suffix}{of_factor}.{kind}", title=title, chance_pct=measured.chance_pct)

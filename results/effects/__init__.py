@@ -1,0 +1,1 @@
+"""What an ablation found: designs, predictions, statistics, one table of effects, and its words."""

@@ -1,0 +1,1 @@
+"""Figures of a study: PNG for papers and README, interactive ones for pages."""

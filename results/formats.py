@@ -1,0 +1,56 @@
+"""How a number is written, wherever a reader meets it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def count(number: int, noun: str) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def format_value(value: Any, digits: int = 4) -> str:
+    """A number to so many significant digits, `-` for a missing one."""
+    if value is None or value != value:
+        return "-"
+    if float(value).is_integer() and abs(value) < 10**6:
+        return str(int(value))
+    return f"{value:.{digits}g}"
+
+
+def format_effect(value: float, unit: str) -> str:
+    """A signed difference in its unit, `-` for one that is missing or infinite."""
+    return f"{value:+.{_decimals(unit)}f}" if math.isfinite(value) else "-"
+
+
+def format_interval(low: float, high: float, unit: str) -> str:
+    return f"[{format_effect(low, unit)}, {format_effect(high, unit)}]"
+
+
+def format_p(row: Mapping[str, Any]) -> str:
+    """The p-value that decides a row, with its kind."""
+    side = "" if row["alternative"] == "two-sided" else " one-sided"
+    return f"p{side} {row['p']:.2g}" if row["is_primary"] else f"Holm p{side} {row['p_holm']:.2g}"
+
+
+def format_mean(mean: float, sd: float, unit: str) -> str:
+    """A mean over seeds with its standard deviation, if there is one."""
+    decimals = _decimals(unit)
+    return "-" if math.isnan(mean) else f"{mean:.{decimals}f}" + ("" if math.isnan(sd) else f" ± {sd:.{decimals}f}")
+
+
+def _decimals(unit: str) -> int:
+    return 2 if unit in ("%", "points") else 3
+
+
+def format_tau(row: Mapping[Any, Any]) -> str:
+    """tau with its interval; tau of a constant is undefined."""
+    return f"{row['tau']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" if row["tau"] == row["tau"] else "constant"
+
+
+def shortened(text: str, width: int) -> str:
+    """The text, or as much of it as fits with an ellipsis at its end."""
+    return text if len(text) <= width else text[: width - 1] + "…"
