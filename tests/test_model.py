@@ -10,7 +10,7 @@ from test_spec import tiny
 from test_timm_spec import CONVNEXT
 from torch import nn
 
-from space.model import Model, build_model, decay_exempt, exponent_parameters, model_from_json, supports_class_row
+from space.model import Model, as_arch, build_model, decay_exempt, exponent_parameters, model_from_json, supports_class_row
 from space.registry import SpecError
 from space.spec import ArchSpec, Component, StageSpec
 
@@ -18,10 +18,10 @@ from space.spec import ArchSpec, Component, StageSpec
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], 'an object is expected whose "model" is one of "arch", "timm"'),
-        ({"name": "resnet18"}, 'an object is expected whose "model" is one of "arch", "timm"'),
+        ([], 'an object is expected whose "model" is one of "arch", "subnet", "timm"'),
+        ({"name": "resnet18"}, 'an object is expected whose "model" is one of "arch", "subnet", "timm"'),
         ({"model": "tim"}, "unknown kind of model 'tim'; did you mean 'timm'"),
-        ({"model": {"model": "arch"}}, 'an object is expected whose "model" is one of "arch", "timm"'),
+        ({"model": {"model": "arch"}}, 'an object is expected whose "model" is one of "arch", "subnet", "timm"'),
         ({"model": "arch"}, "spec lacks stages"),
     ],
 )
@@ -73,7 +73,7 @@ def with_last(**block) -> ArchSpec:
 )
 def test_the_class_row_is_refused_with_the_reason(model: Model, reason: str | None):
     assert supports_class_row(model) == reason
-    if reason and isinstance(model, ArchSpec):
+    if reason and as_arch(model):
         with pytest.raises(SpecError, match=reason):
             build_model(model, seed=0)(torch.zeros(1, 3, 32, 32), with_class_row=True)
 

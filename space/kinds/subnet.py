@@ -1,0 +1,72 @@
+"""Kind "subnet": an architecture cut out of a supernet, `SubnetSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from space.component import Cost
+from space.cost import cost, cost_by_part
+from space.model import ModelKind, model_kind, supports_class_row, token_size
+from space.spec import ArchSpec, BlockSpec, Component, StageSpec
+from space.subnet_spec import SubnetSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@model_kind("subnet")
+class SubnetKind(ModelKind[SubnetSpec]):
+    """An architecture cut out of a supernet; it costs what it costs alone."""
+
+    def examples(self) -> tuple[SubnetSpec, ...]:
+        def network(embed_dim: int, num_blocks: int, num_heads: int, hidden_dim: int) -> ArchSpec:
+            block = BlockSpec(
+                mixer=Component("attention", num_heads=num_heads, head_dim=8), feed_forward=Component("mlp", hidden_dim=hidden_dim)
+            )
+            return ArchSpec(
+                stages=(StageSpec(embed_dim=embed_dim, blocks=(block,) * num_blocks),),
+                img_size=16,
+                num_classes=5,
+                patch_embed=Component("conv", kernel=4, stride=4),
+                prefix=Component("class_token"),
+                position=Component("learned"),
+                pooling=Component("class_token"),
+            )
+
+        return (SubnetSpec(supernet=network(16, 4, 2, 32), arch=network(12, 2, 1, 24), kept=((0, 3),)),)
+
+    def from_json(self, data: Mapping[str, Any]) -> SubnetSpec:
+        return SubnetSpec.from_json(data)
+
+    def resized(self, model: SubnetSpec, *, img_size: int, num_classes: int) -> SubnetSpec:
+        size = {"img_size": img_size, "num_classes": num_classes}
+        return replace(model, supernet=replace(model.supernet, **size), arch=replace(model.arch, **size))
+
+    def cost_by_part(self, model: SubnetSpec) -> dict[str, Cost]:
+        return cost_by_part(model.arch)
+
+    def cost(self, model: SubnetSpec) -> Cost:
+        return cost(model.arch)
+
+    def build(self, model: SubnetSpec, *, seed: int, drop_path: float) -> nn.Module:
+        """The network of `arch` with fresh weights; a block's stream is named by the block that it was in the supernet.
+
+        A subnet as wide as its supernet therefore starts from the weights that the supernet of the same seed starts from.
+        """
+        from space.vit import build_seeded
+
+        return build_seeded(model.arch, seed=seed, drop_path=drop_path, origin=model.origin)
+
+    def depth(self, model: SubnetSpec) -> int:
+        return model.arch.depth
+
+    def token_size(self, model: SubnetSpec) -> int | None:
+        return token_size(model.arch)
+
+    def why_no_class_row(self, model: SubnetSpec) -> str | None:
+        return supports_class_row(model.arch)
+
+    def as_arch(self, model: SubnetSpec) -> ArchSpec:
+        return model.arch
