@@ -68,7 +68,7 @@ class ModelKind(ABC, Generic[M]):
 
     def read(self, text: str) -> M:
         """The model that a user names by `KIND:text`; raises SpecError saying what is allowed. Called if there is a `notation`."""
-        raise NotImplementedError
+        raise SpecError("models of this kind are read from JSON files only")
 
     @abstractmethod
     def resized(self, model: M, *, img_size: int, num_classes: int) -> M:

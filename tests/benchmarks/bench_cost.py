@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 
+from space import catalog
 from space.cost import cost
-from space.families.as_vit import growth_space, topology_space
-from space.families.autoformer import autoformer_space
 from space.search_space import SearchSpace
 
 NUM_SPECS = 10_000
@@ -67,8 +66,8 @@ def processor() -> str:
 def main() -> None:
     num_specs = int(sys.argv[1]) if len(sys.argv) > 1 else NUM_SPECS
     print(f"{processor()}; Python {platform.python_version()}, torch {torch.__version__}; one core, {num_specs} random points")
-    sizes = {"img_size": 224, "proxy_img_size": 224, "num_classes": 1000}
-    for space in (topology_space(**sizes), growth_space(**sizes), autoformer_space(num_classes=100)):
+    for make in catalog.spaces().values():
+        space = make(img_size=224, num_classes=1000)
         decoded = points_per_second(space, num_specs, lambda candidate: cost(candidate.model))
         named = points_per_second(space, num_specs // 10, lambda candidate: candidate.model.digest)
         print(f"{space.name:16} {decoded:8,.0f} points/s decoded and counted, {named:8,.0f} points/s decoded and named by digest")
