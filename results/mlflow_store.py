@@ -47,7 +47,7 @@ CHECK_TIMEOUT_S = 5
 CANDIDATE_FILE = "candidate.json"
 TRACEBACK_FILE = "traceback.txt"
 PARAMS_FILE = "params.json"
-"""All parameters of a trial, written where one is too long for MLflow, which then holds its beginning and an ellipsis."""
+"""All parameters of a run, written where one is too long for MLflow, which then holds its beginning and an ellipsis."""
 
 DESIGNS_FILE = "designs.json"
 DESIGNS_TAG = "designs"
@@ -169,8 +169,6 @@ class MlflowTracker:
         )
         if artifacts is not None and artifacts.is_dir():
             self._copy_files(run, artifacts)
-        if any(len(str(value)) > MAX_PARAM_CHARACTERS for value in trial.params.values()):
-            self._write_text(run, PARAMS_FILE, json.dumps(dict(trial.params), indent=1))
         self._write_text(run, CANDIDATE_FILE, json.dumps(dict(trial.candidate), indent=1))
         if isinstance(outcome, Failure) and outcome.traceback:
             self._write_text(run, TRACEBACK_FILE, outcome.traceback)
@@ -240,9 +238,11 @@ class MlflowTracker:
         return run_id
 
     def _log(self, run_id: str, *, params: Mapping[str, Any], metrics: Sequence[Point] = (), tags: Sequence[RunTag] = ()) -> None:
-        """One request, and one more for every `MAX_BATCH_PARAMS` further parameters."""
+        """One request, one more for every `MAX_BATCH_PARAMS` further parameters, and one if a parameter is too long for MLflow."""
         from mlflow.entities import Param
 
+        if any(len(str(value)) > MAX_PARAM_CHARACTERS for value in params.values()):
+            self._client.log_text(run_id, json.dumps(dict(params), indent=1), PARAMS_FILE)
         shown = [Param(name, shortened(str(value), MAX_PARAM_CHARACTERS)) for name, value in params.items()]
         for start in range(MAX_BATCH_PARAMS, len(shown), MAX_BATCH_PARAMS):
             self._client.log_batch(run_id, params=shown[start : start + MAX_BATCH_PARAMS])

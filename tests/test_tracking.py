@@ -132,10 +132,11 @@ def test_no_parameter_is_lost(paths, num_params, outcome):
 
 def test_a_parameter_that_mlflow_cannot_hold_is_cut_and_kept_whole_as_an_artifact(paths):
     params = {"blocks": "3,4," * 5000, "depth": 2}
-    make(paths).record(trial(0, params=params), MEASURED)
-    (run,) = runs(paths)
-    assert run.data.params == {"blocks": ("3,4," * 5000)[:499] + "…", "depth": "2"}
-    assert json.loads(read_artifact(mlflow_client(paths.mlflow_uri), run, "params.json") or "") == params
+    make(paths, invocation=params).record(trial(0, params=params), MEASURED)
+    for kind in ("trial", "invocation"):
+        (run,) = runs(paths, kind)
+        assert run.data.params == {"blocks": ("3,4," * 5000)[:499] + "…", "depth": "2"}
+        assert json.loads(read_artifact(mlflow_client(paths.mlflow_uri), run, "params.json") or "") == params
 
 
 def test_a_failure_has_its_kind_as_tag_and_its_traceback_as_artifact(paths):
