@@ -13,9 +13,10 @@ from optuna.trial import TrialState
 
 from results.records import Failure, Outcome
 from results.tracking import NullTracker, TrialRecord
+from search.budget import Budget
 from search.loop import MAX_FAILURES_IN_A_ROW, Measuring, PhaseLoop, PhaseStopped, best_trial
 from search.progress import Progress, Status
-from search.study import Budget, Phase
+from search.study import Phase
 from space.recipe import Recipe
 from space.search_space import Axis, Candidate, SearchSpace
 from workers.evaluate import EarlierTrial, Job
@@ -140,7 +141,7 @@ def test_over_budget_proposals_are_pruned_with_their_constraint(tmp_path: Path):
     half = faulty.classifier(50_000)
     from space.cost import cost
 
-    phase = make_phase(budget=Budget(max_params_m=cost(half).params / 1e6))
+    phase = make_phase(budget=Budget(at_most={"params_m": cost(half).params / 1e6}))
     study, tracker = run(phase, tmp_path)
     pruned = [trial for trial in study.trials if trial.state == TrialState.PRUNED]
     assert pruned
@@ -150,8 +151,8 @@ def test_over_budget_proposals_are_pruned_with_their_constraint(tmp_path: Path):
 
 
 def test_a_phase_whose_proposals_are_always_rejected_stops_and_says_why(tmp_path: Path):
-    with pytest.raises(PhaseStopped, match="over budget"):
-        run(make_phase(budget=Budget(max_params_m=1e-9)), tmp_path)
+    with pytest.raises(PhaseStopped, match=r"outside the budget \(--max params_m=1e-09\)"):
+        run(make_phase(budget=Budget(at_most={"params_m": 1e-9})), tmp_path)
 
 
 def test_a_running_trial_is_adopted_under_its_number_with_the_parameters_it_had(tmp_path: Path):

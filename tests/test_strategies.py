@@ -12,7 +12,7 @@ from optuna.testing.pytest_samplers import BasicSamplerTestCase, MultiObjectiveS
 from optuna.trial import TrialState
 
 from results.records import Metric
-from search.strategy import strategies
+from search.strategy import Problem, strategies
 from space.search_space import Axis, SearchSpace
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -44,7 +44,7 @@ def scores(params: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def make(name: str, seed: int) -> BaseSampler:
-    return strategies.get(name)(SPACE, GOALS, seed)
+    return strategies.get(name)(Problem(space=SPACE, goals=GOALS, seed=seed))
 
 
 def new_study(sampler: BaseSampler) -> optuna.Study:
