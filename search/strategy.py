@@ -15,8 +15,8 @@ never stopped. So what it proposes may depend on nothing but the problem, the tr
   another trial, as Optuna's do, would propose its first points again: `SeededByTrial` makes one for every trial;
 - its position in a sequence (Sobol, Halton) is the trial's number, not a count of its own.
 
-`within_budget` makes any such sampler construct its points within the problem's budget. Without it, proposals outside
-the budget are pruned with their constraint, and the strategy sees them as trials that were.
+It constructs its points within the budget; `within_budget` makes any such sampler do so. A point outside the budget that it
+proposes all the same is pruned with its constraint.
 """
 
 from __future__ import annotations

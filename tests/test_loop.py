@@ -150,6 +150,18 @@ def test_over_budget_proposals_are_pruned_with_their_constraint(tmp_path: Path):
     assert len(tracker.recorded) == 6
 
 
+def test_a_study_resumed_under_another_budget_keeps_what_it_has_and_holds_new_trials_to_the_new_bounds(tmp_path: Path):
+    study, _ = run(make_phase(), tmp_path)
+    before = [trial.params["num_classes"] for trial in study.trials]
+    budget = Budget(at_most={"params_m": 0.1})
+    run(make_phase(budget=budget, num_trials=8), tmp_path, study)
+    complete = [trial.params["num_classes"] for trial in study.get_trials(states=(TrialState.COMPLETE,))]
+    assert complete[:6] == before
+    assert max(before) > 20_000
+    assert len(complete) == 8
+    assert all(budget.holds(Candidate(model=faulty.classifier(num_classes))) for num_classes in complete[6:])
+
+
 def test_a_phase_whose_proposals_are_always_rejected_stops_and_says_why(tmp_path: Path):
     with pytest.raises(PhaseStopped, match=r"outside the budget \(--max params_m=1e-09\)"):
         run(make_phase(budget=Budget(at_most={"params_m": 1e-9})), tmp_path)
