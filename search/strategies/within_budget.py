@@ -66,6 +66,9 @@ class WithinBudget(BaseSampler):
         draws: list[tuple[float, int, Point]] = []
         for attempt in range(MAX_ATTEMPTS):
             point = self._draw(study, trial, attempt, fixed)
+            if draws and point == draws[0][2]:
+                # The sampler has one answer for a trial, such as its position in a sequence.
+                break
             distance = self._budget.distance(self._space, point)
             if distance == 0:
                 return point
