@@ -1,7 +1,7 @@
 """The loop of a phase: ask, screen, submit, record, until the asked number of trials is complete.
 
 ask      a trial adopted from a driver that was lost, else a new one from the strategy
-screen   illegal -> FAIL; over budget -> PRUNED with its constraint; measured before -> told the same again
+screen   illegal -> FAIL; outside the budget -> PRUNED with its constraint; measured before -> told the same again
 submit   to the pool, never more jobs than it has room for
 record   outcome.json in the workdir, then MLflow with the trial's files, then Optuna: whatever the order of crashes, the next start can
          tell from the earlier ledger what the later one lacks
@@ -352,8 +352,8 @@ class PhaseLoop:
         self._rejected_in_a_row += 1
         if self._rejected_in_a_row >= MAX_REJECTED_IN_A_ROW:
             raise PhaseStopped(
-                f"{self.study.study_name} stopped: {self._rejected_in_a_row} proposals in a row were over budget ({self.phase.budget}); "
-                "raise the budget or use another --strategy"
+                f"{self.study.study_name} stopped: {self._rejected_in_a_row} proposals in a row were outside the budget "
+                f"({self.phase.budget}); widen it or use another --strategy"
             )
 
     def _remember(self, key: str, outcome: Outcome, number: int) -> None:
@@ -396,7 +396,7 @@ class PhaseLoop:
 
 
 def make_objective(phase: Phase, measuring: Measuring) -> Callable[[optuna.Trial], float | tuple[float, ...]]:
-    """The phase as an objective for `study.optimize`: evaluates in this process, prunes what is over budget.
+    """The phase as an objective for `study.optimize`: evaluates in this process, prunes what is outside the budget.
 
     Raises EvaluationFailed, which `optimize(catch=...)` may be told to survive.
     """
@@ -404,7 +404,7 @@ def make_objective(phase: Phase, measuring: Measuring) -> Callable[[optuna.Trial
     def objective(trial: optuna.Trial) -> float | tuple[float, ...]:
         candidate = phase.space.decode(phase.space.suggest(trial))
         if _set_constraints(trial, phase.budget.excess(candidate)):
-            raise optuna.TrialPruned(f"over budget: {phase.budget}")
+            raise optuna.TrialPruned(f"outside the budget: {phase.budget}")
         outcome = evaluate(measuring.job(trial.number, candidate, phase))
         trial.set_user_attr(RESULT_ATTRIBUTE, _result(candidate, outcome))
         if isinstance(outcome, Failure):

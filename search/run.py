@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from results.paths import RunPaths, default_runs, without_password
+from search.budget import Budget
 from search.interruption import Interruption
 from search.study import RunSettings, studies
 from space import catalog
@@ -197,8 +198,11 @@ def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Name
     parser.add_argument("--trials", type=_positive_int, metavar="N", help="trials to complete in the phases that count them")
     parser.add_argument("--img-size", type=_positive_int, metavar="PX", help="image size of the reported networks")
     parser.add_argument("--proxy-img-size", type=_positive_int, metavar="PX", help="image size at which networks are scored")
-    parser.add_argument("--max-params-m", type=_positive_float, metavar="M", help="budget: millions of parameters")
-    parser.add_argument("--max-gmacs", type=_positive_float, metavar="G", help="budget: billions of multiply-adds")
+    bound = "of a metric that is known without measuring, e.g. gmacs=1.3; repeatable"
+    parser.add_argument("--max", action="append", default=[], metavar="METRIC=VALUE", help=f"budget: upper bound {bound}")
+    parser.add_argument("--min", action="append", default=[], metavar="METRIC=VALUE", help=f"budget: lower bound {bound}")
+    parser.add_argument("--max-params-m", type=_positive_float, metavar="M", help="the same as --max params_m=M, in millions")
+    parser.add_argument("--max-gmacs", type=_positive_float, metavar="G", help="the same as --max gmacs=G, in billions of multiply-adds")
     parser.add_argument("--strategy", metavar="NAME", help="what proposes trials; see search/run.py list")
     _add_measuring_flags(parser)
     parser.add_argument("--time-limit-s", type=_positive_float, metavar="S", help="a trial that takes longer is cancelled and failed")
@@ -216,7 +220,36 @@ def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Name
     options = studies.get(study).options
     _add_options(parser, options)
     args = parser.parse_args(argv)
-    return dataclasses.replace(_run_settings(study, args), options=_options(options, args)), args
+    return dataclasses.replace(_run_settings(study, args), budget=_budget(args), options=_options(options, args)), args
+
+
+def _budget(args: argparse.Namespace) -> Budget:
+    aliases = [(f"--max-{name.replace('_', '-')}", name, getattr(args, f"max_{name}")) for name in ("params_m", "gmacs")]
+    at_most = [(f"{flag} {value:g}", name, value) for flag, name, value in aliases if value is not None]
+    return Budget(at_most=_bounds([*_assigned("--max", args.max), *at_most]), at_least=_bounds(_assigned("--min", args.min)))
+
+
+def _assigned(flag: str, assignments: list[str]) -> list[tuple[str, str, float]]:
+    """The flag as it was given, the metric and the bound of every METRIC=VALUE."""
+    assigned: list[tuple[str, str, float]] = []
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        try:
+            if not (name and equals):
+                raise ValueError
+            assigned.append((f"{flag} {assignment}", name.strip(), float(value)))
+        except ValueError:
+            raise SpecError(f"{flag} {assignment!r} is malformed; METRIC=VALUE with a number is expected, e.g. gmacs=1.3") from None
+    return assigned
+
+
+def _bounds(given: list[tuple[str, str, float]]) -> dict[str, float]:
+    bounds: dict[str, tuple[str, float]] = {}
+    for flag, name, value in given:
+        first, bound = bounds.setdefault(name, (flag, value))
+        if bound != value:
+            raise SpecError(f"{first} and {flag} contradict each other; give one of them")
+    return {name: bound for name, (_, bound) in bounds.items()}
 
 
 def _add_options(parser: argparse.ArgumentParser, options: type) -> None:

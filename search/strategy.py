@@ -1,25 +1,57 @@
 """The contract of a strategy: an Optuna sampler, or a proposer that works in rounds.
 
     @strategy("random")
-    def random(space: SearchSpace, objectives: tuple[Metric, ...], seed: int) -> BaseSampler: ...
+    def random(problem: Problem) -> BaseSampler: ...
 
 A sampler answers one trial at a time. A proposer is for rules that decide a whole round from the rounds before and end
 by themselves; its batches are enqueued as ordinary Optuna trials, and the next batch is asked for when every trial of
-the last one is told. Neither is pickled: whatever it has learnt is rebuilt from the told trials.
+the last one is told.
+
+Neither is pickled. A sampler is made anew at every start of a study, from the same problem, and must go on as if it had
+never stopped. So what it proposes may depend on nothing but the problem, the trial's number and the told trials:
+
+- what it has learnt is rebuilt from the told trials;
+- what it draws comes from a generator seeded by `stream_of(seed, trial)`. A sampler that draws from one generator after
+  another trial, as Optuna's do, would propose its first points again: `SeededByTrial` makes one for every trial;
+- its position in a sequence (Sobol, Halton) is the trial's number, not a count of its own.
+
+It constructs its points within the budget; `within_budget` makes any such sampler do so. A point outside the budget that it
+proposes all the same is pruned with its constraint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from results.records import Metric
+from search.budget import UNLIMITED, Budget
 from space.component import Scalar
 from space.registry import Registry
 from space.search_space import SearchSpace
 
 if TYPE_CHECKING:
     import optuna
+
+ATTEMPT = "vitscale:attempt"
+"""Key in a trial's user attributes: how often the same trial was drawn before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a strategy is told: the space, the objectives with their directions, the budget, and the seed of the run."""
+
+    space: SearchSpace
+    goals: tuple[Metric, ...]
+    budget: Budget = UNLIMITED
+    seed: int
+
+
+def stream_of(seed: int, trial: optuna.trial.FrozenTrial) -> tuple[int, ...]:
+    """What seeds the random draws of a trial: other numbers for every trial, and for every new attempt at the same trial."""
+    attempt = trial.user_attrs.get(ATTEMPT, 0)
+    return (seed, trial.number, attempt) if attempt else (seed, trial.number)
 
 
 PROPOSED_ATTRIBUTE = "proposed"
@@ -57,11 +89,11 @@ class Proposer(Protocol):
         ...
 
 
-MakeSampler = Callable[[SearchSpace, tuple[Metric, ...], int], "optuna.samplers.BaseSampler"]
+MakeSampler = Callable[[Problem], "optuna.samplers.BaseSampler"]
 
 strategies: Registry[MakeSampler] = Registry("strategy", package="search.strategies")
 
 
 def strategy(name: str) -> Callable[[Any], Any]:
-    """Register a function `(space, objectives, seed) -> sampler` as the strategy `name`."""
+    """Register a function `(problem) -> sampler` as the strategy `name`."""
     return lambda make: strategies.add((name,), make)

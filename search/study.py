@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from results.records import Metric
-from search.strategy import Proposer, strategies
+from search.budget import UNLIMITED, Budget
+from search.strategy import Problem, Proposer, strategies
 from space.recipe import Recipe
 from space.registry import Registry, SpecError
-from space.search_space import Candidate, SearchSpace
+from space.search_space import SearchSpace
 from workers.evaluator import Call, evaluators
 from workers.resources import Resources, resources_of
 
@@ -42,7 +43,8 @@ class RunSettings:
 
     `img_size` is that of the reported networks and `proxy_img_size` that at which they are scored, both in pixels.
     `evaluator_settings` holds `--set evaluator.field=text` as `{evaluator: {field: text}}`.
-    `gpus` are those of each of a trial's `processes`. `options` are the study's own flags, an instance of its class of them.
+    `budget` is what the reported networks may cost. `gpus` are those of each of a trial's
+    `processes`. `options` are the study's own flags, an instance of its class of them.
     """
 
     study: str
@@ -53,8 +55,7 @@ class RunSettings:
     img_size: int | None = None
     proxy_img_size: int | None = None
     data: str = "digits"
-    max_params_m: float | None = None
-    max_gmacs: float | None = None
+    budget: Budget = UNLIMITED
     strategy: str | None = None
     evaluator_settings: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     gpus: float = 0.0
@@ -71,70 +72,6 @@ class RunSettings:
     def call(self, evaluator: str) -> Call:
         """The evaluator with this run's settings for it; raises SpecError for a setting it does not have."""
         return Call(evaluator, evaluators.get(evaluator).parse_settings(self.evaluator_settings.get(evaluator, {})))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What a reported network may cost; None is no limit."""
-
-    max_params_m: float | None = None
-    max_gmacs: float | None = None
-
-    def excess(self, candidate: Candidate) -> dict[str, float]:
-        """Per limit, by how much the network is over it (negative: under); empty without limits."""
-        from space.cost import cost
-
-        if self.max_params_m is None and self.max_gmacs is None:
-            return {}
-        counted = cost(candidate.model)
-        over = {}
-        if self.max_params_m is not None:
-            over["max_params_m"] = counted.params / 1e6 - self.max_params_m
-        if self.max_gmacs is not None:
-            over["max_gmacs"] = counted.macs / 1e9 - self.max_gmacs
-        return over
-
-    def check_reachable(self, space: SearchSpace) -> None:
-        """Raise SettingsError if the cheapest network of the space is over a limit."""
-        for limit in ("max_params_m", "max_gmacs"):
-            if getattr(self, limit) is None:
-                continue
-            alone = dataclasses.replace(Budget(), **{limit: getattr(self, limit)})
-            excess, params = cheapest(space, lambda candidate, alone=alone, limit=limit: alone.excess(candidate)[limit])
-            if excess > 0:
-                least = getattr(self, limit) + excess
-                flag = f"--{limit.replace('_', '-')}"
-                raise SettingsError(
-                    f"{flag} {getattr(self, limit):g} is below the cheapest network of space {space.name!r}, which needs {least:.3g}"
-                    f" ({space.decode(params).label})"
-                )
-
-
-def cheapest(space: SearchSpace, price: Callable[[Candidate], float]) -> tuple[float, dict[str, Any]]:
-    """The lowest price in the space and where it is paid, one axis at a time.
-
-    Exact where the axes' effects on the price do not change sign with one another, as with parameters and MACs.
-    """
-    params = next(space.points())
-    best = price(space.decode(params))
-    improved = True
-    while improved:
-        improved = False
-        for axis in space.axes:
-            for value in axis.choices:
-                moved = next(iter(_completed(space, {**params, axis.name: value})))
-                if (candidate_price := price(space.decode(moved))) < best:
-                    best, params, improved = candidate_price, moved, True
-    return best, params
-
-
-def _completed(space: SearchSpace, wanted: Mapping[str, Any]):
-    """`wanted` with axes it deactivates left out and axes it activates at their first choice."""
-    params: dict[str, Any] = {}
-    for axis in space.axes:
-        if axis.is_active(params):
-            params[axis.name] = wanted.get(axis.name, axis.choices[0])
-    yield params
 
 
 @dataclass(frozen=True)
@@ -159,7 +96,7 @@ class Phase:
     space: SearchSpace
     evaluators: tuple[Call, ...]
     objectives: tuple[str, ...]
-    budget: Budget = Budget()
+    budget: Budget = UNLIMITED
     strategy: str | None = None
     num_trials: int | None = None
     propose: Callable[[Mapping[str, optuna.Study]], Proposer] | None = None
@@ -343,7 +280,7 @@ def _refuse_name_of_another_method(name: str, method: str, storage: optuna.stora
 
 
 def make_sampler(phase: Phase, seed: int) -> optuna.samplers.BaseSampler:
-    return strategies.get(phase.strategy or "random")(phase.space, phase.goals, seed)
+    return strategies.get(phase.strategy or "random")(Problem(space=phase.space, goals=phase.goals, budget=phase.budget, seed=seed))
 
 
 def _differences(stored: Any, wanted: Any, where: str = ""):

@@ -28,6 +28,7 @@ from results.records import Measurement, Metric
 from results.report import load_report
 from results.study_results import load
 from results.tracking import TrialRecord
+from search.budget import Budget
 from search.registration import register
 from search.storage import open_storage
 from search.strategies.grid import Grid
@@ -197,7 +198,7 @@ def test_an_option_that_cannot_be_is_refused(options: dict, words: str):
 
 
 def test_flags_that_mean_nothing_here_are_refused():
-    for flag, value in {"num_trials": 3, "strategy": "tpe", "max_params_m": 1.0}.items():
+    for flag, value in {"num_trials": 3, "strategy": "tpe", "budget": Budget(at_most={"params_m": 1.0})}.items():
         with pytest.raises(SettingsError, match="means nothing here"):
             make(run={flag: value})
 

@@ -15,10 +15,11 @@ from optuna.trial import TrialState
 
 from results.records import Failure, Outcome
 from results.tracking import NullTracker, TrialRecord
+from search.budget import Budget
 from search.loop import MAX_FAILURES_IN_A_ROW, Measuring, PhaseLoop, PhaseStopped, needed_trials
 from search.progress import Progress, Status
 from search.strategies.grid import Grid
-from search.study import Budget, Phase, RunSettings
+from search.study import Phase, RunSettings
 from space.recipe import Recipe
 from space.registry import SpecError
 from space.search_space import Axis, Candidate, SearchSpace
@@ -141,7 +142,7 @@ def test_over_budget_proposals_are_pruned_with_their_constraint(tmp_path: Path):
     half = faulty.classifier(50_000)
     from space.cost import cost
 
-    phase = make_phase(budget=Budget(max_params_m=cost(half).params / 1e6))
+    phase = make_phase(budget=Budget(at_most={"params_m": cost(half).params / 1e6}))
     study, tracker = run(phase, tmp_path)
     pruned = [trial for trial in study.trials if trial.state == TrialState.PRUNED]
     assert pruned
@@ -150,9 +151,21 @@ def test_over_budget_proposals_are_pruned_with_their_constraint(tmp_path: Path):
     assert len(tracker.recorded) == 6
 
 
+def test_a_study_resumed_under_another_budget_keeps_what_it_has_and_holds_new_trials_to_the_new_bounds(tmp_path: Path):
+    study, _ = run(make_phase(), tmp_path)
+    before = [trial.params["num_classes"] for trial in study.trials]
+    budget = Budget(at_most={"params_m": 0.1})
+    run(make_phase(budget=budget, num_trials=8), tmp_path, study)
+    complete = [trial.params["num_classes"] for trial in study.get_trials(states=(TrialState.COMPLETE,))]
+    assert complete[:6] == before
+    assert max(before) > 20_000
+    assert len(complete) == 8
+    assert all(budget.holds(Candidate(model=faulty.classifier(num_classes))) for num_classes in complete[6:])
+
+
 def test_a_phase_whose_proposals_are_always_rejected_stops_and_says_why(tmp_path: Path):
-    with pytest.raises(PhaseStopped, match="over budget"):
-        run(make_phase(budget=Budget(max_params_m=1e-9)), tmp_path)
+    with pytest.raises(PhaseStopped, match=r"outside the budget \(--max params_m=1e-09\)"):
+        run(make_phase(budget=Budget(at_most={"params_m": 1e-9})), tmp_path)
 
 
 def test_a_running_trial_is_adopted_under_its_number_with_the_parameters_it_had(tmp_path: Path):

@@ -26,6 +26,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from results.records import Metric
+from search.budget import UNLIMITED, Budget
 from search.strategy import proposed_point
 from space.component import Scalar
 from space.cost import cost
@@ -73,7 +74,8 @@ class Growth:
     Everything is derived anew from the told trials of that topology, so growth goes on where it stopped, in the middle
     of a round too; trials of other topologies in the same study are not looked at. A failed or pruned candidate takes
     no part in its round; a failed seed still has its children tried, for they need its shape and not its scores.
-    `max_params` bounds the real network, not the proxy. `ended` says why there is no further round, empty until then.
+    `max_params` bounds the real network, not the proxy. The family is the winners within `reported`.
+    `ended` says why there is no further round, empty until then.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Growth:
         topology: Mapping[str, Scalar],
         max_params: int,
         objectives: Sequence[Metric],
+        reported: Budget = UNLIMITED,
         start_depths: tuple[int, ...] = (1, 1, 1, 1),
         start_proxy_embed_dim: int = 8,
         ratios: Sequence[float] = PAPER_RATIOS,
@@ -92,6 +95,7 @@ class Growth:
         self._topology = dict(topology)
         self._max_params = max_params
         self._objectives = tuple(objectives)
+        self._reported = reported
         self._ratios = tuple(ratios)
         self._start = Size(start_depths, start_proxy_embed_dim)
         space.check(self._point(self._start))
@@ -106,6 +110,8 @@ class Growth:
         growing = self._grow(study)
         if growing.ended and not growing.wanted:
             self.ended = growing.ended
+            if growing.winners and not self._reported_of(growing):
+                self.ended += f"; none of the {len(growing.winners)} networks on the way is within {self._reported}"
             return None
         return [self._point(size) for size in growing.wanted]
 
@@ -117,8 +123,11 @@ class Growth:
         """Unknown: every round decides which candidates the next one has."""
 
     def family(self, study: optuna.Study) -> list[FrozenTrial]:
-        """The winner of every finished round in order: the seed, then each scaled network."""
-        return self._grow(study).winners
+        """The winners of the finished rounds that are within the reported budget, in order: the seed, then each scaled network."""
+        return self._reported_of(self._grow(study))
+
+    def _reported_of(self, growing: _Growing) -> list[FrozenTrial]:
+        return [winner for winner in growing.winners if self._reported.holds(self._space.decode(winner.params))]
 
     def _grow(self, study: optuna.Study) -> _Growing:
         """Follow the told trials round by round, up to the first round that is not told completely."""

@@ -22,9 +22,8 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from results.records import Metric
-from search.strategy import strategy
-from space.search_space import SearchSpace
+from search.strategies.within_budget import within_budget
+from search.strategy import Problem, strategy, stream_of
 
 LEARNING_RATE = 0.08
 ADAM_BETAS = (0.9, 0.999)
@@ -37,15 +36,15 @@ Reward = Literal["difference", "merit"]
 
 
 @strategy("policy_gradient")
-def policy_gradient(space: SearchSpace, objectives: tuple[Metric, ...], seed: int) -> BaseSampler:
+def policy_gradient(problem: Problem) -> BaseSampler:
     """REINFORCE on one categorical per axis, rewarded for improving on the trial told before (As-ViT)."""
-    return PolicyGradientSampler(seed)
+    return within_budget(PolicyGradientSampler(problem.seed), problem)
 
 
 @strategy("policy_gradient_merit")
-def policy_gradient_merit(space: SearchSpace, objectives: tuple[Metric, ...], seed: int) -> BaseSampler:
+def policy_gradient_merit(problem: Problem) -> BaseSampler:
     """REINFORCE on one categorical per axis, rewarded for being better than the last trials' mean."""
-    return PolicyGradientSampler(seed, reward="merit")
+    return within_budget(PolicyGradientSampler(problem.seed, reward="merit"), problem)
 
 
 def reward_of_last(values: np.ndarray, signs: np.ndarray, reward: Reward) -> float:
@@ -102,7 +101,7 @@ class PolicyGradientSampler(BaseSampler):
         return {}
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
-        generator = np.random.default_rng([self._seed, trial.number, crc32(param_name.encode())])
+        generator = np.random.default_rng([*stream_of(self._seed, trial), crc32(param_name.encode())])
         if not isinstance(param_distribution, CategoricalDistribution):
             fallback = RandomSampler(seed=int(generator.integers(2**32)))
             return fallback.sample_independent(study, trial, param_name, param_distribution)

@@ -19,28 +19,27 @@ from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from results.records import Metric
-from search.strategy import strategy
-from space.search_space import SearchSpace
+from search.strategies.within_budget import within_budget
+from search.strategy import ATTEMPT, Problem, strategy, stream_of
 
 
 @strategy("random")
-def random(space: SearchSpace, objectives: tuple[Metric, ...], seed: int) -> BaseSampler:
+def random(problem: Problem) -> BaseSampler:
     """Draw every axis uniformly, whatever was told."""
-    return SeededByTrial(RandomSampler, seed)
+    return within_budget(SeededByTrial(RandomSampler, problem.seed), problem)
 
 
 @strategy("tpe")
-def tpe(space: SearchSpace, objectives: tuple[Metric, ...], seed: int) -> BaseSampler:
+def tpe(problem: Problem) -> BaseSampler:
     """Tree-structured Parzen estimator over groups of axes that occur together, taking trials in flight for bad ones."""
-    return SeededByTrial(_grouped_tpe, seed)
+    return within_budget(SeededByTrial(_grouped_tpe, problem.seed), problem)
 
 
 @strategy("nsga2")
-def nsga2(space: SearchSpace, objectives: tuple[Metric, ...], seed: int) -> BaseSampler:
+def nsga2(problem: Problem) -> BaseSampler:
     """Genetic search by non-dominated sorting (NSGA-II), whose parents are complete trials only."""
     common = IntersectionSearchSpace()
-    return SeededByTrial(lambda trial_seed: _Nsga2(trial_seed, common), seed)
+    return within_budget(SeededByTrial(lambda trial_seed: _Nsga2(trial_seed, common), problem.seed), problem)
 
 
 def _grouped_tpe(seed: int) -> BaseSampler:
@@ -61,18 +60,19 @@ class _Nsga2(NSGAIISampler):
 
 
 class SeededByTrial(BaseSampler):
-    """`make(seed)` anew for every trial, with a seed that follows from `seed` and the trial's number."""
+    """`make(seed)` anew for every trial and every attempt at it, with a seed that follows from `stream_of(seed, trial)`."""
 
     def __init__(self, make: Callable[[int], BaseSampler], seed: int):
         self._make = make
         self._seed = seed
-        self._open: dict[tuple[str, int], BaseSampler] = {}
+        self._open: dict[tuple[str, int], dict[int, BaseSampler]] = {}
 
     def _sampler_of(self, study: Study, trial: FrozenTrial) -> BaseSampler:
-        key = (study.study_name, trial.number)
-        if key not in self._open:
-            self._open[key] = self._make(int(np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]))
-        return self._open[key]
+        attempts = self._open.setdefault((study.study_name, trial.number), {})
+        attempt = trial.user_attrs.get(ATTEMPT, 0)
+        if attempt not in attempts:
+            attempts[attempt] = self._make(int(np.random.SeedSequence(stream_of(self._seed, trial)).generate_state(1)[0]))
+        return attempts[attempt]
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         self._sampler_of(study, trial).before_trial(study, trial)

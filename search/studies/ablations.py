@@ -154,10 +154,12 @@ def ablations(run: RunSettings) -> Study:
 
 
 def _refuse_flags_without_meaning(run: RunSettings) -> None:
-    for name in ("num_trials", "strategy", "proxy_img_size", "max_params_m", "max_gmacs"):
+    for name in ("num_trials", "strategy", "proxy_img_size"):
         if getattr(run, name) is not None:
             flag = "--trials" if name == "num_trials" else f"--{name.replace('_', '-')}"
             raise SettingsError(f"{flag} means nothing here: factors, levels and seeds say what is trained")
+    if not run.budget.is_empty:
+        raise SettingsError(f"{run.budget} means nothing here: the design is fixed, and a bound would leave cells out of its comparisons")
 
 
 def _robustness_on_all_images(run: RunSettings) -> Call:

@@ -4,7 +4,10 @@
 
 Phase `topology` searches the 4,556,250 seed topologies by two scores of the untrained network: expected length
 distortion (higher is better) and NTK condition number (lower is better). Phase `growth` scales the best of them in
-depth and width, scoring a narrow proxy of every candidate, into a family of networks up to `--max-params-m`.
+depth and width, scoring a narrow proxy of every candidate, into a family of networks up to `--max params_m=M`.
+
+Every network of a study is held to the upper bounds. Lower bounds are for the family alone: seed topologies are small, and
+growth passes through small networks, so those below are measured too and left out of the family.
 
 Where this deviates from the released code: the seed topology is the best measured one, by the sum of its ranks under
 both scores, instead of the arg-max of a policy that may never have been measured; growth begins with the seed itself;
@@ -22,7 +25,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from results.records import Metric
-from search.study import Budget, Phase, RunSettings, SettingsError, Study, study
+from search.budget import Budget
+from search.study import Phase, RunSettings, SettingsError, Study, study
 from space.families.as_vit import TOPOLOGY_AXES, growth_space, topology_space
 
 if TYPE_CHECKING:
@@ -38,13 +42,13 @@ def as_vit(run: RunSettings) -> Study:
     """Search a seed topology without training, then grow it in width and depth (As-ViT)."""
     sizes = {"img_size": run.img_size or 224, "proxy_img_size": run.proxy_img_size or run.img_size or 224, "num_classes": NUM_CLASSES}
     evaluators = (run.call("as_vit"), run.call("as_vit_closed_form"), run.call("cost"))
-    max_params_m = DEFAULT_MAX_PARAMS_M if run.max_params_m is None else run.max_params_m
+    reported = Budget(at_most={"params_m": _max_params_m(run.budget), **run.budget.at_most}, at_least=run.budget.at_least)
     topology = Phase(
         name="topology",
         space=topology_space(**sizes),
         evaluators=evaluators,
         objectives=SCORES,
-        budget=Budget(max_params_m=run.max_params_m, max_gmacs=run.max_gmacs),
+        budget=run.budget.upper(),
         strategy=run.strategy or "policy_gradient",
         num_trials=run.num_trials or 200,
     )
@@ -56,8 +60,9 @@ def as_vit(run: RunSettings) -> Study:
         return Growth(
             space=growth.space,
             topology={axis: seed.params[axis] for axis in TOPOLOGY_AXES},
-            max_params=round(max_params_m * 1e6),
+            max_params=round(reported.at_most["params_m"] * 1e6),
             objectives=growth.goals,
+            reported=reported,
         )
 
     growth = Phase(
@@ -65,10 +70,27 @@ def as_vit(run: RunSettings) -> Study:
         space=growth_space(**sizes),
         evaluators=evaluators,
         objectives=SCORES,
-        budget=Budget(max_params_m=max_params_m, max_gmacs=run.max_gmacs),
+        budget=reported.upper(),
         propose=propose,
     )
-    return Study(phases=(topology, growth))
+    if not reported.at_least:
+        return Study(phases=(topology, growth))
+    # The phases are held to the upper bounds alone, so nothing else would find out.
+    reported.check_reachable(growth.space)
+    note = (
+        f"{Budget(at_least=reported.at_least)} is for the family; smaller networks on the way to it are measured, too, and left out of it"
+    )
+    return Study(phases=(topology, growth), notes=(note,))
+
+
+def _max_params_m(budget: Budget) -> float:
+    """Where growth ends, in millions of parameters; raises SettingsError if that is below the least that is asked for."""
+    if "params_m" not in budget.at_most and budget.at_least.get("params_m", 0) > DEFAULT_MAX_PARAMS_M:
+        raise SettingsError(
+            f"--min params_m={budget.at_least['params_m']:g}: growth ends at {DEFAULT_MAX_PARAMS_M:g} unless told otherwise; "
+            "give --max params_m=M too"
+        )
+    return budget.at_most.get("params_m", DEFAULT_MAX_PARAMS_M)
 
 
 def best_topology(studied: optuna.Study, goals: tuple[Metric, ...]) -> optuna.trial.FrozenTrial:

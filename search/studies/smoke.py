@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from search.study import Budget, Phase, RunSettings, Study, study
+from search.study import Phase, RunSettings, Study, study
 from space.search_space import Axis, Candidate, SearchSpace
 from space.spec import ArchSpec, BlockSpec, Component, StageSpec
 
@@ -21,7 +21,7 @@ def smoke(run: RunSettings) -> Study:
         space=tiny_vit_space(img_size=run.proxy_img_size or run.img_size or 32),
         evaluators=(run.call("as_vit"), run.call("cost")),
         objectives=("length_distortion", "gmacs"),
-        budget=Budget(max_params_m=run.max_params_m, max_gmacs=run.max_gmacs),
+        budget=run.budget,
         strategy=run.strategy or "random",
         num_trials=run.num_trials or 12,
     )
