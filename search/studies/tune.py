@@ -67,6 +67,8 @@ def tune(run: RunSettings) -> Study:
     for name, flag in (("num_trials", "--trials"), ("strategy", "--strategy"), ("proxy_img_size", "--proxy-img-size")):
         if getattr(run, name) is not None:
             raise SettingsError(f"{flag} means nothing here: --recipes and --epochs say what is trained")
+    if not run.budget.is_empty:
+        raise SettingsError(f"{run.budget} means nothing here: --model says which network is trained")
     points = drawn_recipes(options.recipes, run.seed)
     phase: Phase
 
