@@ -27,9 +27,8 @@ class Recipe:
     section 5), and exponents of pooling learn `exponent_lr_scale` times as fast. `warmup_epochs` of linear warm-up lead to a
     cosine that ends at `min_lr`. Zero turns off `clip_grad_norm`, `ema_decay`, `label_smoothing`, `random_erasing`.
 
-    `crop` pads by an eighth and crops back (`pad`) or takes a random part of random shape (`resized`), of the square that a set in
-    memory holds and of the whole image of a streamed one. `randaugment` is a timm
-    configuration string such as `rand-m9-mstd0.5-inc1`. `mixing_grids` are the cells per side that a grid mixing draws from,
+    `crop` pads by an eighth and crops back (`pad`) or takes a random part of random shape (`resized`); it crops the stored square, or
+    the full image when streaming. `randaugment` is a timm configuration string such as `rand-m9-mstd0.5-inc1`. `mixing_grids` are the cells per side that a grid mixing draws from,
     empty for the method's own; `mixing_reference` follows the released code where it differs from the paper's idea. `precision`
     is that of the forward pass, `auto` bf16 on a GPU that has it.
     """
