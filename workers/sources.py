@@ -1,4 +1,4 @@
-"""Where images come from: a source named by a string, listed in a fixed order and read at any position.
+"""Sources of images: each is named by a string, lists its images in a fixed order and reads any of them.
 
     digits                       scikit-learn's 1,797 handwritten digits, which need no download
     folder:PATH                  image files in class folders
@@ -8,9 +8,9 @@
     webdataset:PATH              shards (tar files with KEY.jpg and KEY.cls or KEY.json), or a folder of them
 
 Several paths are separated by commas. Folders and archives follow timm's reader: an image belongs to the folder it lies
-in, classes are in natural order. They are listed here because that reader cannot list an archive that was cut off, and
-its import takes seconds that a mistyped path should not cost. Shards are indexed here because timm's reader of them is a
-stream: its order is that of a shuffle buffer and cannot be resumed at a position.
+in, classes are in natural order. We list them ourselves because that reader cannot list an archive that was cut off, and because
+its import takes seconds, which a mistyped path should not cost. We index shards ourselves because timm's reader of them is a stream:
+a shuffle buffer decides its order, and it cannot be resumed at a position.
 """
 
 from __future__ import annotations
@@ -80,17 +80,17 @@ class Listing:
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
-    """Bytes of each file, zeros where images are no files of their own."""
+    """Bytes of each image file; zeros where the images are not separate files."""
     classes: tuple[str | None, ...]
     """The class of each image, None for one without."""
     parts: tuple[str, ...] = ()
     """The official split of each image: `train`, `val` or `test`; empty when there is none."""
     read: Callable[[int], Image]
-    """Position -> image; raises whatever the damage makes it raise."""
+    """Position -> image; a damaged image may raise any exception."""
     class_names: tuple[str, ...] = ()
-    """All classes in order, where the source says so itself."""
+    """All classes in order, if the source names them; else empty."""
     storage_order: Sequence[int] | None = None
-    """The positions in the order they are stored, where reading in another one is slow."""
+    """The positions in the order of storage, if reading in another order is slow."""
     crop: float = 0.875
     """The share of the shorter side that the central crop keeps."""
     damage: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ class Listing:
 
 
 def parse_source(text: str) -> Source:
-    """The source of a string; raises ValueError in one line if it is none or a path of it is not there."""
+    """The source that a string names; raises ValueError, in one line, for another string or a path that does not exist."""
     scheme, _, rest = text.partition(":")
     if text == "digits":
         return Source(scheme="digits")
@@ -260,14 +260,14 @@ def _files_in_tar(path: Path, members: Sequence[tarfile.TarInfo], damage: tuple[
 
 
 def _scan(path: Path, visit: Callable[[tarfile.TarInfo, tarfile.TarFile], None]) -> tuple[str, ...]:
-    """Visit every file of an archive; what is wrong with it, if it ends early."""
+    """Visit every file of an archive. Returns one sentence if the archive ends early, else nothing."""
     last = None
     try:
         with tarfile.open(path) as archive:
             for last in archive:
                 if last.isfile():
                     visit(last, archive)
-            # An archive cut between two files reads like a whole one, but for the block of zeros that ends it.
+            # An archive that was cut between two files lacks only the block of zeros at its end.
             archive.fileobj.seek(archive.offset)
             if not archive.fileobj.read(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("no end of archive")
@@ -288,7 +288,7 @@ def _is_plain(path: Path) -> bool:
 
 def _plain_reader(path: Path) -> Callable[[tarfile.TarInfo], bytes]:
     def read(member: tarfile.TarInfo) -> bytes:
-        # Opened for each member: a file position shared with a forked process would be moved by it.
+        # Opened for each member: a forked process would move the position of a file that it shares with this one.
         with path.open("rb") as file:
             file.seek(member.offset_data)
             return file.read(member.size)
@@ -311,7 +311,7 @@ def _compressed_reader(path: Path) -> Callable[[tarfile.TarInfo], bytes]:
 
 
 def _in_class_folders(paths: Sequence[Path], places: Sequence[_Files]) -> Listing:
-    """Files by the folder they lie in. Of several places each counts as a folder itself, so `tar:cat.tar,dog.tar` has two classes."""
+    """Files by the folder they lie in. If there are several places, each is a folder too: `tar:cat.tar,dog.tar` has two classes."""
     prefixes = [re.sub(r"\.(tar(\.\w+)?|t[bgx]z2?)$", "", path.name) + "/" if len(paths) > 1 else "" for path in paths]
     names = [[prefix + name for name in place.names] for prefix, place in zip(prefixes, places, strict=True)]
     folders = [[PurePosixPath(name.lstrip("/")).parts[:-1] for name in place] for place in names]
@@ -419,7 +419,7 @@ def _index_shard(path: Path) -> tuple[_Files, list[str | None]]:
 
 
 def _label_of(content: bytes, ending: str) -> Any:
-    """What a label file says, None if it says nothing."""
+    """The label in a label file, None if it holds none."""
     try:
         text = content.decode()
         data = json.loads(text) if ending == "json" else text.strip()
@@ -429,7 +429,7 @@ def _label_of(content: bytes, ending: str) -> Any:
 
 
 def _class_of(label: Any, where: str) -> str:
-    """The class that a stored label means; raises ValueError for a negative number or what is no label."""
+    """The class name of a stored label; raises ValueError if the label is a negative number, or neither number nor name."""
     try:
         number = int(label)
     except (TypeError, ValueError):
@@ -442,7 +442,7 @@ def _class_of(label: Any, where: str) -> str:
 
 
 def _part_in_name(name: str) -> str:
-    """The official split that a file's name says: `train` of `cifar10-train-0003.tar`."""
+    """The official split in a file's name, else an empty string: `train` of `cifar10-train-0003.tar`."""
     return next((PARTS[word] for word in re.findall("[a-z]+", name.lower()) if word in PARTS), "")
 
 
@@ -533,7 +533,7 @@ def _parquet_files(source: Source) -> list[Path]:
 
 
 def _named_class(label: Any, class_names: Sequence[str], where: str) -> str | None:
-    """The class of a label of a parquet file; in a column with names for its classes -1 says that there is none."""
+    """The class of a label of a parquet file. In a column that names its classes, -1 means that the image has none."""
     if label is None or (class_names and label == -1):
         return None
     name = _class_of(label, where)
