@@ -40,6 +40,11 @@ class RunPaths:
         """The artifacts of the default MLflow store."""
         return self.root / "mlflow-artifacts"
 
+    @property
+    def data_hashes(self) -> Path:
+        """Hashes of the files of data sets, so that no start reads all their bytes again."""
+        return self.root / "data-hashes"
+
     def study_dir(self, study_name: str) -> Path:
         """The work directories of all trials of a study."""
         return self.root / "work" / _file_name(study_name)

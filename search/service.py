@@ -160,7 +160,7 @@ def _open_for_user(name: str, settings: Mapping[str, Any]) -> tuple[_Opened, Pha
 
 
 class _Opened:
-    """A study whose settings were all checked, and where its things lie. Nothing is created yet."""
+    """A study whose settings were all checked, and where its things lie. Nothing is created yet but the hashes of its data files."""
 
     def __init__(self, settings: RunSettings):
         if not re.fullmatch(STUDY_NAME, settings.study_name):
@@ -177,11 +177,12 @@ class _Opened:
             example = phase.space.decode(next(phase.space.points()))
             for call in phase.evaluators:
                 call.evaluator.check(subject_of(call, example), example.recipe, call.settings)
+        self.paths = RunPaths(settings.runs)
+        self.data_fingerprint = ""
         if any(call.evaluator.uses_data for phase in self.study.phases for call in phase.evaluators):
             settings = replace(settings, data=check_source(settings.data))
+            self.data_fingerprint = fingerprint(settings.data, cache=self.paths.data_hashes)
         self.settings = settings
-        self.data_fingerprint = fingerprint(settings.data)
-        self.paths = RunPaths(settings.runs)
         self.storage_location = settings.storage or str(self.paths.journal)
         self.tracking_uri = settings.tracking_uri or self.paths.mlflow_uri
         self.artifact_root = None if settings.tracking_uri else self.paths.artifact_root

@@ -13,7 +13,6 @@ from space.registry import SpecError, unknown_name
 from space.spec import digest_of
 
 Optimizer = Literal["adamw", "lion", "lamb", "sgd"]
-Mixing = Literal["none", "mixup", "cutmix", "mixup_cutmix", "patch_mixing", "mask_mix", "transmix", "mixpro"]
 Crop = Literal["none", "pad", "resized"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -27,11 +26,11 @@ class Recipe:
     section 5), and exponents of pooling learn `exponent_lr_scale` times as fast. `warmup_epochs` of linear warm-up lead to a
     cosine that ends at `min_lr`. Zero turns off `clip_grad_norm`, `ema_decay`, `label_smoothing`, `random_erasing`.
 
-    `crop` pads by an eighth and crops back (`pad`) or takes a random part of random shape (`resized`), of the square that a set in
-    memory holds and of the whole image of a streamed one. `randaugment` is a timm
-    configuration string such as `rand-m9-mstd0.5-inc1`. `mixing_grids` are the cells per side that a grid mixing draws from,
-    empty for the method's own; `mixing_reference` follows the released code where it differs from the paper's idea. `precision`
-    is that of the forward pass, `auto` bf16 on a GPU that has it.
+    `crop` pads by an eighth and crops back (`pad`) or takes a random part of random shape (`resized`); it crops the stored square, or
+    the full image when streaming. `randaugment` is a timm configuration string such as `rand-m9-mstd0.5-inc1`. `mixing` is `none` or
+    the name of a registered one, which whoever trains looks up. `mixing_grids` are the cells per side that a grid mixing draws from,
+    empty for the method's own; `mixing_reference` follows the released code where it differs from the paper's idea. `precision` is
+    that of the forward pass, `auto` bf16 on a GPU that has it.
     """
 
     epochs: int
@@ -53,7 +52,7 @@ class Recipe:
     flip: bool = True
     randaugment: str = ""
     random_erasing: float = 0.0
-    mixing: Mixing = "none"
+    mixing: str = "none"
     mixing_prob: float = 1.0
     mixing_grids: tuple[int, ...] = ()
     mixing_reference: bool = False

@@ -70,6 +70,12 @@ def tiny_vit():
     )
 
 
+@pytest.fixture
+def never_settled(monkeypatch: pytest.MonkeyPatch):
+    """Files are told apart by their bytes however old they are, so that a slow test does not see them come of age."""
+    monkeypatch.setattr("workers.file_hashes.SETTLED_S", float("inf"))
+
+
 def run_command(
     *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:

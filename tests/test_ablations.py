@@ -55,6 +55,11 @@ def differing(a: Candidate, b: Candidate) -> set[str]:
     }
 
 
+def test_the_levels_of_stored_studies_keep_their_order():
+    """They are the choices of the study's axes: another order is another space, in which no older study goes on."""
+    assert LEVELS["mixing"] == ("none", "mixup", "cutmix", "mixup_cutmix", "patch_mixing", "mask_mix", "transmix", "mixpro")
+
+
 def test_a_level_changes_exactly_one_thing():
     study = make()
     departure = candidate(study, "pooling", "class_token")

@@ -187,5 +187,5 @@ def test_a_recipe_without_such_transforms_has_none():
 
 @pytest.mark.parametrize("config", ["augmix-m3", "rand-x9", "m9"])
 def test_an_unknown_randaugment_is_refused(config):
-    with pytest.raises(SpecError, match=f"randaugment is '{config}'; timm takes the like of"):
+    with pytest.raises(SpecError, match=f"randaugment is '{config}'; timm expects a string such as"):
         make_image_transform(dataclasses.replace(RECIPE, randaugment=config), 16)

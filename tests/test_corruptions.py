@@ -160,7 +160,7 @@ def test_a_partner_is_a_test_image_of_another_class_whatever_the_batch(seed, lab
     labels = np.array(labels)
     pool = np.array(data.draw(st.lists(st.integers(0, len(labels) - 1), min_size=1, unique=True)))
     if len(set(labels[pool])) < 2:
-        with pytest.raises(ValueError, match="all of one class"):
+        with pytest.raises(ValueError, match="all test images are of one class"):
             other_class_partners(pool, pool, labels, seed=seed)
         return
     partners = other_class_partners(pool, pool, labels, seed=seed)

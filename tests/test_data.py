@@ -1,9 +1,11 @@
+import hashlib
 import io
 import os
 import re
 import subprocess
 import sys
 import tarfile
+import threading
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import torch
 from conftest import REPOSITORY
 from PIL import Image
 
-from workers.data import IMAGENET_MEAN, IMAGENET_STD, check_source, fingerprint, load_images
+from workers.data import IMAGENET_MEAN, IMAGENET_STD, check_source, fingerprint, load_dataset, load_images
+from workers.file_hashes import File, hash_files
 
 
 def picture(seed, file_format="JPEG", size=(40, 30)):
@@ -100,7 +103,6 @@ def test_the_image_after_a_damaged_one_takes_its_place(folder):
     before = load_images(source, img_size=16, num_images=13, seed=1).images
     damaged = folder / "cat" / "2.jpg"
     damaged.write_bytes(damaged.read_bytes()[:100])
-    os.utime(folder)
     sample = load_images(source, img_size=16, num_images=12, seed=1)
     assert sample.skipped == ("cat/2.jpg",)
     assert {image.numpy().tobytes() for image in sample.images} < {image.numpy().tobytes() for image in before}
@@ -115,19 +117,157 @@ def test_a_tar_that_was_cut_off_gives_what_is_left(archive):
     assert torch.isfinite(sample.images).all()
 
 
-def test_the_sample_is_read_once(folder):
+def test_the_sample_is_read_once(folder, never_settled):
     first = load_images(f"folder:{folder}", img_size=16, num_images=4, seed=5)
     assert load_images(f"folder:{folder}", img_size=16, num_images=4, seed=5) is first
 
 
-def test_the_fingerprint_is_of_names_and_sizes(folder, tmp_path):
-    before = fingerprint(f"folder:{folder}")
+def bitmaps(seed):
+    return {f"{label}/{index}.bmp": picture(100 * seed + 10 * ord(label) + index, "BMP") for label in "ab" for index in range(6)}
+
+
+@pytest.fixture
+def bitmap_folder(tmp_path):
+    """Image files whose size does not tell their pixels."""
+    return write_bitmaps(tmp_path / "bitmaps", 0)
+
+
+def write_bitmaps(root, seed):
+    for name, content in bitmaps(seed).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def write_archive(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+FRESH_PROCESS = """
+import sys
+from pathlib import Path
+from workers import file_hashes
+from workers.data import fingerprint
+root, cache = sys.argv[1:]
+file_hashes.SETTLED_S = 0  # The files of this test are young.
+opened = []
+sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" and str(args[0]).endswith(".bmp") else None)
+print(fingerprint(f"folder:{root}", cache=Path(cache)), len(opened))
+"""
+
+
+def in_a_fresh_process(folder, cache):
+    """The fingerprint, and how many image files were opened for it."""
+    command = [sys.executable, "-c", FRESH_PROCESS, str(folder), str(cache)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    name, num_opened = done.stdout.split()
+    return name, int(num_opened)
+
+
+def test_the_fingerprint_is_of_names_and_contents(bitmap_folder, tmp_path):
     assert fingerprint("digits") == "digits"
-    assert fingerprint(f"folder:{folder}") == before
-    folder.rename(tmp_path / "moved")
-    assert fingerprint(f"folder:{tmp_path / 'moved'}") == before
-    (tmp_path / "moved" / "cat" / "7.jpg").write_bytes(picture(7))
-    assert fingerprint(f"folder:{tmp_path / 'moved'}") != before
+    before = fingerprint(f"folder:{bitmap_folder}")
+    assert re.fullmatch("folder-[0-9a-f]{16}", before)
+    write_bitmaps(bitmap_folder, 1)
+    after = fingerprint(f"folder:{bitmap_folder}")
+    assert after != before
+    bitmap_folder.rename(tmp_path / "moved")
+    assert fingerprint(f"folder:{tmp_path / 'moved'}") == after
+    (tmp_path / "moved" / "a" / "0.bmp").rename(tmp_path / "moved" / "a" / "9.bmp")
+    assert fingerprint(f"folder:{tmp_path / 'moved'}") not in (before, after)
+    write_bitmaps(tmp_path / "again", 0)
+    assert fingerprint(f"folder:{tmp_path / 'again'}") == before
+
+
+def test_the_fingerprint_of_an_archive_is_of_its_contents(tmp_path):
+    path = write_archive(tmp_path / "x.tar", bitmaps(0))
+    before, size = fingerprint(f"tar:{path}"), path.stat().st_size
+    write_archive(path, bitmaps(1))
+    assert path.stat().st_size == size
+    assert fingerprint(f"tar:{path}") != before
+    assert fingerprint(f"tar:{write_archive(tmp_path / 'other name.tar', bitmaps(0))}") == before
+
+
+def test_setting_back_the_time_hides_no_change(bitmap_folder):
+    file = bitmap_folder / "a" / "0.bmp"
+    before, status = fingerprint(f"folder:{bitmap_folder}"), file.stat()
+    file.write_bytes(bitmaps(1)["a/0.bmp"])
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert fingerprint(f"folder:{bitmap_folder}") != before
+
+
+def test_a_later_process_reads_only_files_that_changed(bitmap_folder, tmp_path):
+    cache = tmp_path / "runs" / "data-hashes"
+    before, num_opened = in_a_fresh_process(bitmap_folder, cache)
+    assert (before, num_opened) == (fingerprint(f"folder:{bitmap_folder}"), 12)
+    assert in_a_fresh_process(bitmap_folder, cache) == (before, 0)
+    (bitmap_folder / "a" / "0.bmp").write_bytes(bitmaps(1)["a/0.bmp"])
+    after, num_opened = in_a_fresh_process(bitmap_folder, cache)
+    assert after != before
+    assert num_opened == 1
+    assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".bmp") == [next(cache.iterdir()).name]
+
+
+def test_a_cache_that_cannot_be_read_is_as_good_as_none(bitmap_folder, tmp_path):
+    before = in_a_fresh_process(bitmap_folder, tmp_path / "cache")
+    (store,) = (tmp_path / "cache").iterdir()
+    for content in (store.read_text()[:-20], "[]", '{"x": 1}'):
+        store.write_text(content)
+        assert in_a_fresh_process(bitmap_folder, tmp_path / "cache") == before
+
+
+def test_processes_that_share_a_cache_do_not_disturb_each_other(bitmap_folder, tmp_path):
+    command = [sys.executable, "-c", FRESH_PROCESS, str(bitmap_folder), str(tmp_path / "cache")]
+    started = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    prints = {process.communicate()[0].split()[0] for process in started}
+    assert prints == {fingerprint(f"folder:{bitmap_folder}")}
+    assert in_a_fresh_process(bitmap_folder, tmp_path / "cache") == (*prints, 0)
+
+
+def test_a_process_that_lives_on_loads_the_new_pixels(bitmap_folder):
+    before = load_images(f"folder:{bitmap_folder}", img_size=16, num_images=12, seed=0).images
+    write_bitmaps(bitmap_folder, 1)
+    after = load_images(f"folder:{bitmap_folder}", img_size=16, num_images=12, seed=0).images
+    assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_a_file_that_changes_while_it_is_hashed_has_its_last_contents_in_the_end(tmp_path):
+    file, is_over = tmp_path / "x.bmp", threading.Event()
+    contents = [bytes([number]) * 100_000 for number in (0, 1)]
+    file.write_bytes(contents[0])
+
+    def write():
+        while not is_over.is_set():
+            for content in contents:
+                file.write_bytes(content)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(30):
+            hash_files([File("x.bmp", str(file))])
+    finally:
+        is_over.set()
+        writer.join()
+    assert hash_files([File("x.bmp", str(file))]) == [hashlib.sha256(contents[1]).hexdigest()[:32]]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no file here that even its owner cannot read")
+def test_an_unreadable_file_is_named_and_skipped_like_a_damaged_one(bitmap_folder):
+    whole = fingerprint(f"folder:{bitmap_folder}")
+    (bitmap_folder / "a" / "6.bmp").symlink_to("/proc/self/mem")
+    source = f"folder:{bitmap_folder}"
+    assert fingerprint(source) != whole
+    assert fingerprint(source) == fingerprint(source)
+    assert load_dataset(source, img_size=16).skipped == ("a/6.bmp",)
+    assert load_images(source, img_size=16, num_images=12, seed=0).skipped in ((), ("a/6.bmp",))
+    (bitmap_folder / "a" / "7.bmp").symlink_to("/nowhere")
+    assert load_images(source, img_size=16, num_images=12, seed=0).num_available == 13
 
 
 def test_a_good_source_comes_back_with_absolute_paths(folder, archive, monkeypatch):

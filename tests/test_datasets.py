@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from workers import data as data_module
 from workers.data import check_source, fingerprint, load_dataset, load_images, split_dataset
-from workers.sources import list_images, natural_key
+from workers.sources import natural_key
 
 SIZE = 16
 
@@ -320,7 +319,7 @@ def test_an_image_of_the_size_that_is_asked_for_keeps_its_pixels(tmp_path):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(files[name]))), dataset.images[index].transpose(1, 2, 0))
 
 
-def test_the_data_set_is_loaded_once_and_again_when_the_archive_changes(tmp_path):
+def test_the_data_set_is_loaded_once_and_again_when_the_archive_changes(tmp_path, never_settled):
     path = write_tar(tmp_path / "x.tar", in_classes(8))
     first = load_dataset(f"tar:{path}", img_size=SIZE)
     assert load_dataset(f"tar:{path}", img_size=SIZE) is first
@@ -349,7 +348,6 @@ def test_damaged_files_of_val_and_test_are_left_out_when_a_streamed_set_is_opene
     for index in damaged:
         file = folder / whole.name(index)
         file.write_bytes(b"nothing".ljust(file.stat().st_size, b"-"))
-    load_dataset_anew()
     dataset = load_dataset(f"folder:{folder}", img_size=SIZE, memory_mb=0)
     assert sorted(dataset.skipped) == sorted(map(whole.name, damaged))
     assert dataset.val.tolist() == whole.val.tolist()[1:]
@@ -364,19 +362,29 @@ def test_a_file_of_the_test_part_damaged_since_is_an_error(folder):
         dataset.load(dataset.test[:1])
 
 
-def test_other_pixels_or_other_labels_are_another_data_set(folder):
-    first = load_dataset(f"folder:{folder}", img_size=SIZE).digest
-    load_dataset_anew()
-    assert load_dataset(f"folder:{folder}", img_size=SIZE).digest == first
-    with Image.open(folder / "cat" / "0.png") as image:
-        image.transpose(Image.Transpose.ROTATE_90).save(folder / "cat" / "0.png")
-    load_dataset_anew()
-    assert load_dataset(f"folder:{folder}", img_size=SIZE).digest != first
+@pytest.mark.parametrize("memory_mb", [100, 0], ids=["in memory", "streamed"])
+def test_other_pixels_in_files_of_the_same_size_are_another_data_set(tmp_path, memory_mb):
+    root = write_folder(tmp_path / "images", in_bitmaps(0))
+    first = load_dataset(f"folder:{root}", img_size=SIZE, memory_mb=memory_mb)
+    everything = np.arange(len(first.labels))
+    before = first.load(everything)
+    assert load_dataset(f"folder:{root}", img_size=SIZE, memory_mb=memory_mb).digest == first.digest
+    write_folder(root, in_bitmaps(1))
+    after = load_dataset(f"folder:{root}", img_size=SIZE, memory_mb=memory_mb)
+    assert after.digest != first.digest
+    assert after.names == first.names
+    assert (after.load(everything) != before).any(axis=(1, 2, 3)).all()
 
 
-def load_dataset_anew():
-    list_images.cache_clear()
-    data_module._load_dataset.cache_clear()
+def test_a_class_that_is_renamed_is_seen_by_the_same_process(folder):
+    assert load_dataset(f"folder:{folder}", img_size=SIZE).classes == ("cat", "dog")
+    (folder / "cat").rename(folder / "ant")
+    assert load_dataset(f"folder:{folder}", img_size=SIZE).classes == ("ant", "dog")
+
+
+def in_bitmaps(seed):
+    """Files whose size does not tell their pixels."""
+    return {f"{label}/{index}.bmp": picture(100 * seed + 10 * ord(label) + index, "BMP") for label in "ab" for index in range(10)}
 
 
 def test_a_damaged_file_of_a_streamed_set_is_replaced_by_one_of_its_class_in_training(folder):
@@ -396,7 +404,6 @@ def test_a_damaged_file_of_a_streamed_set_is_replaced_by_one_of_its_class_in_tra
 def test_a_source_that_changed_is_noticed_when_it_is_read_again(folder):
     dataset = load_dataset(f"folder:{folder}", img_size=SIZE, memory_mb=0)
     (folder / "cat" / "0.png").unlink()
-    list_images.cache_clear()
     with pytest.raises(ValueError, match="has other files than when the data set was made"):
         dataset.load(np.array([0]))
 
@@ -457,9 +464,15 @@ def test_a_torchvision_set_of_files_has_its_val_as_test(tmp_path):
     dataset = load_dataset(source, img_size=SIZE)
     assert dataset.classes == ("tench", "goldfish")
     assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (18, 2, 4)
-    before = fingerprint(source)
-    (tmp_path / "val" / "n01" / "0.png").write_bytes(picture(1, size=(50, 50)))
-    assert fingerprint(source) != before
+    prints = [fingerprint(source)]
+    image = tmp_path / "val" / "n01" / "0.png"
+    content = bytearray(image.read_bytes())
+    content[-1] ^= 1
+    image.write_bytes(content)
+    prints.append(fingerprint(source))
+    torch.save(({"n01": ("trout", "Tinca tinca"), "n02": ("goldfish",)}, []), tmp_path / "meta.bin")
+    prints.append(fingerprint(source))
+    assert len(set(prints)) == 3
 
 
 def shard(labels, ending="cls", first=0):
@@ -480,6 +493,14 @@ def test_shards_are_one_set_in_their_order(tmp_path):
     assert from_folder.name(12) == "x-1.tar/000100.png"
     assert np.array_equal(from_folder.images, from_files.images)
     assert fingerprint(f"webdataset:{tmp_path}").startswith("webdataset-")
+
+
+def test_the_fingerprint_of_shards_covers_their_labels(tmp_path):
+    prints = set()
+    for label in (0, 1):
+        write_tar(tmp_path / "x.tar", shard([label, 0, 1]))
+        prints.add(fingerprint(f"webdataset:{tmp_path}"))
+    assert len(prints) == 2
 
 
 def test_shards_named_for_splits_are_official(tmp_path):
@@ -543,6 +564,8 @@ def test_a_parquet_folder_has_its_official_splits_and_class_names(tmp_path, parq
     assert load_images(source, img_size=SIZE, num_images=23, seed=0).num_available == 23
     (tmp_path / "hub").rename(tmp_path / "moved")
     assert fingerprint(f"parquet:{tmp_path / 'moved'}") == before
+    parquet(tmp_path / "moved" / "data" / "train-00001-of-00002.parquet", [1, 0] * 5, names, first=100)
+    assert fingerprint(f"parquet:{tmp_path / 'moved'}") != before
 
 
 def test_one_parquet_file_without_a_description_is_split_by_us(tmp_path, parquet):

@@ -1,12 +1,15 @@
 import math
 import pickle
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -22,17 +25,18 @@ from workers.mixing import (
     Mixed,
     attended_share,
     cell_count,
-    confidence,
     draw_cells,
     grid_mix,
     make_mixer,
     mixed_loss,
-    nearest_tokens,
     numpy_seeded,
     token_shares,
 )
+from workers.mixings import mixings
+from workers.mixings.mixpro import confidence
+from workers.mixings.transmix import nearest_tokens
 
-METHODS = ("mixup", "cutmix", "mixup_cutmix", "patch_mixing", "mask_mix", "transmix", "mixpro")
+METHODS = mixings.names()
 GRID_METHODS = ("patch_mixing", "mask_mix", "mixpro")
 
 
@@ -634,6 +638,65 @@ def test_transmix_pulls_no_gradient_through_the_attention():
     loss = mixer("transmix", img_size=8).loss(torch.randn(2, 3, requires_grad=True), LABELS, boxed(), row, 0.1)
     loss.backward()
     assert row.grad is None
+
+
+# What is registered.
+
+
+NEW_MIXING = '''
+from dataclasses import dataclass
+import torch
+from workers.mixing import Mixed, Mixer
+from workers.mixings import mixing
+
+@mixing("swap_halves")
+@dataclass(frozen=True)
+class SwapHalves(Mixer):
+    """The lower half of the image is the partner's."""
+
+    @classmethod
+    def of(cls, recipe, *, img_size, patch_size):
+        return cls()
+
+    def mix(self, images, seed):
+        mixed = images.clone()
+        mixed[:, :, images.shape[-1] // 2 :] = images.flip(0)[:, :, images.shape[-1] // 2 :]
+        return Mixed(images=mixed, partner=torch.arange(len(images)).flip(0), lam=torch.full((len(images),), 0.5))
+'''
+TRAINING = """
+import math, sys
+from pathlib import Path
+import workers.mixings
+workers.mixings.__path__.append(sys.argv[1])
+assert "swap_halves" in workers.mixings.mixings.names() and "torch" not in sys.modules
+from search.studies.ablations import LEVELS
+assert LEVELS["mixing"][-2:] == ("mixpro", "swap_halves"), LEVELS
+from space.catalog import resolve
+from space.recipe import Recipe
+from workers.data import load_dataset
+from workers.training import train
+recipe = Recipe.from_json({"epochs": 1, "batch_size": 1200, "mixing": "swap_halves", "warmup_epochs": 0.0})
+model = resolve("vit_digits")
+dataset = load_dataset("digits", img_size=model.img_size)
+assert math.isfinite(train(model, recipe, dataset, workdir=Path(sys.argv[2])).train_loss)
+"""
+
+
+def test_a_mixing_is_one_file(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "swap_halves.py").write_text(NEW_MIXING)
+    command = [sys.executable, "-c", TRAINING, str(tmp_path / "package"), str(tmp_path / "work")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_mixing_has_a_summary():
+    assert all(mixings.summary(name) for name in METHODS)
+
+
+def test_an_unknown_mixing_is_answered_with_the_nearest():
+    with pytest.raises(SpecError, match=r"unknown mixing 'cutmixx' in recipe; did you mean 'cutmix'.*known: cutmix, .*none"):
+        mixer("cutmixx")
 
 
 # What is refused.

@@ -1,8 +1,7 @@
 """Augmentation of single images, as functions of (seed, epoch, image) alone; mixing images is `workers/mixing.py`.
 
-What moves pixels or erases them is done to whole batches, on the device they are on: `draw` the epoch's random numbers, then
-`augment`. What needs the image itself (a crop of random shape, RandAugment) is done to one PIL image at a time and comes
-first. B images, H = W = `img_size`, M images of the data set.
+Shifts, flips and erasing work on whole batches, on their device: `draw` the random numbers of an epoch, then `augment`. A crop of
+random shape and RandAugment work on one PIL image at a time, before that. B images, H = W = `img_size`, M images of the data set.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ ERASING_ATTEMPTS = 4
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Draws:
-    """What is done to each image; None for what is done to none."""
+    """The shift, the flip and the erased box of each image; None where the recipe has no such augmentation."""
 
     shift: Tensor | None
     """`(M, 2)` int64: pixels down and to the right."""
     flip: Tensor | None
     """`(M,)` bool."""
     box: Tensor | None
-    """`(M, 4)` int64: top, left, bottom, right of what is erased; empty boxes are zeros."""
+    """`(M, 4)` int64: top, left, bottom, right of the erased box; all zeros where nothing is erased."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Draws:
         """The same change of every column: other rows of it, or another device."""
@@ -51,7 +50,7 @@ class Draws:
 
 
 def draw(recipe: Recipe, epoch: int, *, num_images: int, img_size: int) -> Draws:
-    """The random numbers of an epoch for all M images at once; image i has row i, whatever batch it is in."""
+    """The random numbers of an epoch for all M images; row i is that of image i, in whatever batch the image is."""
     uniform = np.random.default_rng(stream(recipe.seed, "augment", epoch)).random((num_images, 3))
     margin = img_size // 8
     shift = np.floor(uniform[:, :2] * (2 * margin + 1)).astype(np.int64) - margin
@@ -65,9 +64,9 @@ def draw(recipe: Recipe, epoch: int, *, num_images: int, img_size: int) -> Draws
 def _draw_boxes(recipe: Recipe, epoch: int, num_images: int, img_size: int) -> np.ndarray:
     """Random Erasing Data Augmentation, https://arxiv.org/abs/1708.04896, algorithm 1, with the ranges of timm's RandomErasing.
 
-    Of its up to ten attempts at a box that fits there are four here: one fails in less than 1 % of cases.
+    The paper repeats until a box fits and timm tries ten times; here four boxes are drawn, and none fits in less than 1 % of cases.
     """
-    # A stream of its own: a recipe with erasing shifts and flips like the same one without.
+    # A stream of its own: erasing changes neither the shifts nor the flips.
     uniform = np.random.default_rng(stream(recipe.seed, "erase", epoch)).random((num_images, 3 + 2 * ERASING_ATTEMPTS))
     area = (ERASED_AREA[0] + uniform[:, 3::2] * (ERASED_AREA[1] - ERASED_AREA[0])) * img_size**2
     low, high = map(math.log, ERASED_ASPECT)
@@ -120,13 +119,13 @@ def normalise(images: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's, for pixels of 0 to 255; kept, as copying them to a device in each step would wait for it."""
+    """ImageNet's mean and standard deviation, for pixels of 0 to 255. Cached: a copy to the device in each step would wait for it."""
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
     return mean, std
 
 
 def make_image_transform(recipe: Recipe, img_size: int) -> Callable[[Image], Image] | None:
-    """What the recipe does to single PIL images, timm's transforms; None if nothing. It draws from the global generators.
+    """The recipe's transform of a single PIL image, made of timm's; None if there is none. It draws from the global generators.
 
     Raises SpecError if `randaugment` is no configuration of timm's.
     """
@@ -152,8 +151,8 @@ def _randaugment(config: str, img_size: int) -> Callable[[Image], Image]:
     from timm.data.auto_augment import posterize, rand_augment_transform
 
     mean = tuple(round(255 * value) for value in IMAGENET_MEAN)
-    wrong = f"recipe: randaugment is {config!r}; timm takes the like of 'rand-m9-mstd0.5-inc1'"
-    # timm leaves a part without its number out and says nothing.
+    wrong = f"recipe: randaugment is {config!r}; timm expects a string such as 'rand-m9-mstd0.5-inc1'"
+    # timm silently ignores a part that lacks its number.
     if not re.fullmatch(r"rand(-((mstd|mmax|inc|m|n|p)\d[\d.]*|t\w+))*", config):
         raise SpecError(wrong)
     try:
@@ -169,7 +168,7 @@ def _randaugment(config: str, img_size: int) -> Callable[[Image], Image]:
 
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """The global generators of random, numpy and torch (CPU) set by the stream named by `parts`, and put back as they were."""
+    """Seed the global generators of random, numpy and torch (CPU) by the stream named by `parts`; restore their state at the end."""
     seed = stream(*parts)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:

@@ -1,8 +1,8 @@
-"""Batches for training and evaluation, in an order that can be taken up at any step.
+"""Batches for training and evaluation, in an order that can be resumed at any step.
 
-The order of an epoch is a function of (seed, epoch), how an image is augmented of (seed, epoch, image): neither depends on the
-batch size, the number of processes or of loader workers. A set in memory is gathered and augmented where the
-network is, so that nothing is copied between the two; a DataLoader is used only where images are decoded or changed one by one.
+The order of an epoch depends on (seed, epoch) alone, the augmentation of an image on (seed, epoch, image) alone: not on the batch
+size, the number of processes or the number of loader workers. A set in memory is gathered and augmented on the network's device, so
+that no batch is copied to it. A DataLoader is used only where images are decoded or transformed one by one.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Batch(NamedTuple):
 class TrainingBatches:
     """The batches of one of `world_size` processes: of each global batch of the recipe, every `world_size`-th image from the `rank`-th.
 
-    The last incomplete batch of an epoch is left out. A set smaller than a batch is one batch, with as many images as give
-    every process an even number per accumulated part. Raises ValueError where there are none, or the batch cannot be shared evenly.
+    The last incomplete batch of an epoch is left out. A set smaller than a batch is one batch, cut so that each process gets an even
+    number per accumulation part. Raises ValueError where there are none, or the batch cannot be shared evenly.
     """
 
     num_steps: int
@@ -49,8 +49,7 @@ class TrainingBatches:
     images_per_step: int
     """Over all processes."""
     wait_s: float
-    """Time the training has waited for data: all that passes between asking for a batch and having it. On a GPU a gather is only
-    launched in that time, and runs before the step."""
+    """Time from asking for a batch to having it, summed over all batches. On a GPU it holds the launch of a gather, not its run time."""
 
     def __init__(self, dataset: DataSet, recipe: Recipe, *, device: str, rank: int = 0, world_size: int = 1, num_workers: int = 0):
         num_shares = world_size * recipe.num_accumulation
@@ -75,7 +74,7 @@ class TrainingBatches:
             self._resident = _copy_to(device, dataset.images)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """This process's batches of an epoch, from a step on; all generators of the process are left as they are."""
+        """This process's batches of an epoch, from step `first_step` on. The global random generators keep their state."""
         began = time.perf_counter()
         rows = self._rows(epoch)[first_step:]
         draws = draw(self._recipe, epoch, num_images=len(self._dataset.labels), img_size=self._dataset.img_size)
@@ -106,7 +105,7 @@ class TrainingBatches:
 
 
 def evaluation_batches(dataset: DataSet, indices: np.ndarray, *, device: str, batch_size: int, num_workers: int = 0) -> Iterator[Batch]:
-    """The images as they are, in the order of `indices`; the last batch may be smaller."""
+    """The images without augmentation, in the order of `indices`; the last batch may be smaller."""
     parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     if dataset.images is None:
         pixels: Iterable[Tensor] = _Decoder(_Images(dataset), num_workers, device).decode(0, parts)
@@ -130,7 +129,7 @@ class _Decoder:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.device(device).type == "cuda",
-            # Its workers' base seed, which no transform uses, would else be drawn from the global generator.
+            # Without it the DataLoader draws a base seed, which no transform uses, from the global generator.
             generator=torch.Generator(),
         )
 
@@ -143,7 +142,7 @@ class _Decoder:
 
 
 class _Plan:
-    """A batch sampler that says what it is told: (epoch, index) of the images of each batch."""
+    """A batch sampler that yields the (epoch, index) of each image of `rows`, one row per batch."""
 
     epoch: int
     rows: np.ndarray | list[np.ndarray]
@@ -163,7 +162,7 @@ class _Images:
         self.dataset, self.transform, self.recipe = dataset, transform, recipe
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, tuple[str, ...]]:
-        """Images `(B, 3, H, W)` uint8, and the names of the damaged files met so far."""
+        """Images `(B, 3, H, W)` uint8, and the names of the damaged files found so far."""
         return torch.from_numpy(np.stack([self._pixels(*key) for key in keys])), self.dataset.skipped
 
     def _pixels(self, epoch: int, index: int) -> np.ndarray:
@@ -179,7 +178,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _copy_to(device: str, images: np.ndarray) -> Tensor:
-    """All images on the device. In parts, as torch takes no read-only array and a second whole copy might not fit."""
+    """All images on the device, copied in parts: torch takes no read-only array, and a second whole copy in memory might not fit."""
     copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
     for start in range(0, len(images), ROWS_PER_COPY):
         copy[start : start + ROWS_PER_COPY] = torch.from_numpy(images[start : start + ROWS_PER_COPY].copy())

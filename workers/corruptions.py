@@ -1,10 +1,10 @@
-"""Corruptions of test images that take information away in steps: patch-mix attack, patch drop, patch permutation.
+"""Corruptions of test images at rising levels: patch-mix attack, patch drop, patch permutation.
 
 The attack is that of Hardwiring ViT Patch Selectivity into CNNs using Patch Mixing (https://arxiv.org/abs/2306.17848); drop and
-permutation are those of Intriguing Properties of Vision Transformers (https://arxiv.org/abs/2105.10497). What is random about an
-image depends on the seed, the name of the corruption and the image's id alone: not on its batch, nor on which other images are
-looked at. So all networks meet the same corruptions, and the cells replaced at one level are among those replaced at the next.
-Permutations cannot nest: tiles of different sizes are shuffled independently.
+permutation are those of Intriguing Properties of Vision Transformers (https://arxiv.org/abs/2105.10497). The random numbers of an
+image depend on the seed, the name of the corruption and the image's id alone: not on its batch, nor on the other images. So all
+networks get the same corruptions, and the cells that one level replaces are replaced at the next level too. Permutations cannot
+nest: tiles of different sizes are shuffled independently.
 
 Letters: g cells per side of a grid, t tiles per side.
 """
@@ -28,7 +28,7 @@ DROP_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
 def default_grids(img_size: int) -> tuple[int, int]:
     """Cells per side, coarse and fine: the largest divisors of the image not above 7 and 14 (4 and 8 at 32 pixels).
 
-    Raises ValueError where there are no two.
+    Raises ValueError if the image size has no two such divisors.
     """
     coarse, fine = (max(grid for grid in range(1, published + 1) if img_size % grid == 0) for published in PUBLISHED_GRIDS)
     if not 1 < coarse < fine:
@@ -43,7 +43,7 @@ def tile_sides(img_size: int, fine_grid: int) -> tuple[int, ...]:
 
 
 def cell_counts(shares: Sequence[float], num_cells: int) -> tuple[int, ...]:
-    """Whole cells nearest to each share of `num_cells`, half a cell rounded up; equal counts are given once."""
+    """Each share of `num_cells`, rounded to whole cells, half a cell upwards; equal counts are given once."""
     return tuple(dict.fromkeys(int(share * num_cells + 0.5) for share in shares))
 
 
@@ -62,8 +62,8 @@ def other_class_partners(ids: np.ndarray, pool: np.ndarray, labels: np.ndarray, 
     first, behind = (np.searchsorted(sorted_labels, labels[ids], side) for side in ("left", "right"))
     num_others = len(pool) - (behind - first)
     if not num_others.all():
-        raise ValueError("the test images are all of one class: a patch-mix attack takes its patches from another")
-    # The others stand behind the block of the own class, and go on at the front.
+        raise ValueError("all test images are of one class; a patch-mix attack takes its patches from images of another class")
+    # Images of other classes start behind the block of the own class and continue at the front.
     drawn = (_uniforms(ids, 1, seed=seed, name="partner")[:, 0] * num_others).astype(np.int64)
     return by_class[(behind + drawn) % len(pool)]
 
@@ -107,6 +107,6 @@ def _side(order: Tensor, images: Tensor) -> int:
 def _uniforms(ids: np.ndarray, num_columns: int, *, seed: int, name: str) -> np.ndarray:
     """A row of uniforms from [0, 1) for each image id, float64."""
     key = stream(seed, name)
-    # A counter-based generator: the row of an id is found without drawing the rows before it.
+    # A counter-based generator gives the row of an id without drawing the rows before it.
     rows = [np.random.Generator(np.random.Philox(key=key, counter=int(each) << 64)).random(num_columns) for each in ids]
     return np.stack(rows) if rows else np.empty((0, num_columns))

@@ -1,4 +1,4 @@
-"""Images for the evaluators that need some, determined by the contents of a source: a sample, or a data set with its splits.
+"""Images for evaluators: a sample, or a data set with its splits. Both depend on the contents of the source alone.
 
 Sources are strings, see `workers/sources.py`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class ImageSample:
 
     images: Tensor
     skipped: tuple[str, ...]
-    """The damaged files that were drawn and replaced by the next one, by name."""
+    """Names of the damaged files that were drawn; the next file drawn took the place of each."""
     num_available: int
     """Image files in the source, damaged ones included."""
 
@@ -56,9 +57,9 @@ class DataSet:
     images: np.ndarray | None
     """`(M, 3, H, W)` uint8, H = W = `img_size`; None if the set is streamed from its source."""
     digest: str
-    """16 hex digits: of pixels, labels and parts, of a streamed set of its files' names and sizes instead of the pixels."""
+    """16 hex digits over pixels, labels and parts; for a streamed set over the names and bytes of its files instead of the pixels."""
     skipped: tuple[str, ...] = ()
-    """Damaged files by name; of a streamed set's train part those found so far, by this process and those that reported to it."""
+    """Names of damaged files. In train of a streamed set these are the files found so far, by this process and its loader workers."""
     warnings: tuple[str, ...] = ()
     """What a user should know: images without a class, copies across official splits, what was not looked for."""
     names: tuple[str, ...] = ()
@@ -85,10 +86,10 @@ class DataSet:
         return image if self.images is not None else _square(image, self.img_size, self._listing.crop)
 
     def open(self, index: int) -> Image:
-        """The RGB image as stored in the source of a streamed set, else at `img_size`.
+        """The RGB image: of a streamed set as its source has it, else at `img_size`.
 
-        A damaged file of train is recorded in `skipped`, and the next image of its class comes in its place. Those of val and test
-        were left out when the set was opened; if one has come to harm since, ValueError says so.
+        A damaged file of train is recorded in `skipped` and replaced by the next image of its class. Damaged files of val and test
+        were left out when the set was opened; raises ValueError if one of the others can no longer be read.
         """
         if self.images is not None:
             from PIL import Image
@@ -111,7 +112,7 @@ class DataSet:
     def record_damage(self, names: tuple[str, ...]) -> None:
         """Add damaged files to `skipped`, each once."""
         new = tuple(name for name in names if name not in self.skipped)
-        # The one thing that a streamed set learns late.
+        # The only field that changes: a streamed set finds damaged files while it is read.
         object.__setattr__(self, "skipped", self.skipped + new)
 
     def _peers(self, index: int):
@@ -125,7 +126,7 @@ class DataSet:
         return bool(self.train[min(np.searchsorted(self.train, index), len(self.train) - 1)] == index)
 
     def open_source(self) -> None:
-        """List the source of a streamed set now, so that processes forked later need not."""
+        """List the source of a streamed set now, so that loader workers, forked later, share the list."""
         if self.images is None:
             _ = self._listing
 
@@ -145,7 +146,7 @@ class DataSet:
 
 
 def check_source(source: str, *, num_images: int = 1) -> str:
-    """The source with its paths made absolute; raises ValueError in one line if it is not one or holds too few images."""
+    """The source with absolute paths; raises ValueError, in one line, if it cannot be listed or holds too few images."""
     place = parse_source(source)
     num_available = len(list_images(place, place.stamp).names)
     if num_available < num_images:
@@ -154,13 +155,19 @@ def check_source(source: str, *, num_images: int = 1) -> str:
     return str(place)
 
 
-def fingerprint(source: str) -> str:
-    """The identity of the data: `digits`, or the scheme and 16 hex digits over the names and sizes of the image files."""
+def fingerprint(source: str, *, cache: Path | None = None) -> str:
+    """The identity of the data: `digits`, or the scheme and 16 hex digits over the names and the bytes of its files.
+
+    Equal contents have it wherever they lie. The bytes of a file are read once for each of its states
+    (`workers/file_hashes.py`); `cache` is a folder in which later processes find the hashes, None keeps them in memory alone. The work
+    for 50,000 files of 1 kB takes 2.5 s, with the hashes from the cache 2.2 s (`tests/benchmarks/bench_data.py`); large files are hashed
+    at 1.7 GB/s, if the disk is as fast.
+    """
     place = parse_source(source)
     if place.scheme == "digits":
         return source
-    # Read anew: a stamp does not see a change in a subfolder, and this is what tells measurements on changed data apart.
-    return f"{place.scheme}-{list_images.__wrapped__(place, place.stamp).fingerprint}"
+    name = hashlib.sha256(str(place).encode(errors="surrogateescape")).hexdigest()[:16]
+    return f"{place.scheme}-{list_images(place, place.stamp).fingerprint(cache and cache / f'{name}.json')}"
 
 
 def load_images(source: str, *, img_size: int, num_images: int, seed: int) -> ImageSample:
@@ -173,7 +180,7 @@ def load_images(source: str, *, img_size: int, num_images: int, seed: int) -> Im
 
 
 @lru_cache(maxsize=8)
-def _load_images(source: Source, stamp: tuple[tuple[int, int], ...], img_size: int, num_images: int, seed: int) -> ImageSample:
+def _load_images(source: Source, stamp: str, img_size: int, num_images: int, seed: int) -> ImageSample:
     import torch
 
     listing = list_images(source, stamp)
@@ -200,18 +207,18 @@ def _load_images(source: Source, stamp: tuple[tuple[int, int], ...], img_size: i
 def load_dataset(source: str, *, img_size: int, memory_mb: int = 2000) -> DataSet:
     """The data set of a source: official splits where it has them, else 70 % train, 10 % val, 20 % test of each class.
 
-    It depends on the contents of the source alone. A set of at most `memory_mb` at `img_size` is decoded once and kept, a
-    larger one is streamed, its val and test images being read once here to leave out the damaged. Without an official val it
-    is a tenth of train; without an official test, val is the test. Identical images of a set in memory come into one part where
-    the split is ours. Raises ValueError, saying why, if the set cannot be used: no images or labels, labels out of range, fewer
-    than two classes, an empty part.
+    It depends on the contents of the source alone. A process decodes a set of at most `memory_mb` at `img_size` once, and again when
+    a file has changed. A larger set is streamed: a process reads all its files once for their hashes, and decodes its val and test
+    images once to leave out the damaged. Without an official val, val is a tenth of train; without an official test,
+    the official val is the test. Where the split is ours, identical images of a set in memory come into one part. Raises ValueError,
+    saying why, if the set cannot be used: no images or labels, labels out of range, fewer than two classes, an empty part.
     """
     place = parse_source(source)
     return _load_dataset(place, place.stamp, img_size, memory_mb)
 
 
 @lru_cache(maxsize=2)
-def _load_dataset(source: Source, stamp: tuple[tuple[int, int], ...], img_size: int, memory_mb: int) -> DataSet:
+def _load_dataset(source: Source, stamp: str, img_size: int, memory_mb: int) -> DataSet:
     listing = list_images(source, stamp)
     where = f"data '{source}'"
     positions = np.flatnonzero([name is not None for name in listing.classes])
@@ -235,7 +242,7 @@ def _load_dataset(source: Source, stamp: tuple[tuple[int, int], ...], img_size: 
         if not intact.any():
             raise ValueError(f"{where}: none of its {len(positions)} images can be read ({_some(skipped)})")
         images, contents, positions = images[: intact.sum()], contents[intact], positions[intact]
-    elif not listing.streams:
+    elif not listing.has_random_access:
         needed_mb = -(-len(positions) * 3 * img_size**2 // 10**6)
         raise ValueError(f"{where} takes {needed_mb} MB in memory, {memory_mb} are allowed; it is compressed: unpack it and it is streamed")
     else:
@@ -274,7 +281,7 @@ def _load_dataset(source: Source, stamp: tuple[tuple[int, int], ...], img_size: 
         val=val,
         test=test,
         images=images,
-        digest=_digest(contents if images is not None else listing.fingerprint, labels, parts),
+        digest=_digest(contents if images is not None else listing.fingerprint(), labels, parts),
         skipped=skipped,
         warnings=tuple(warnings),
         names=names,
@@ -308,10 +315,10 @@ def split_dataset(labels: np.ndarray, copies: np.ndarray, official: np.ndarray |
 
 
 def _stratify(labels: np.ndarray, copies: np.ndarray, tenths: np.ndarray) -> np.ndarray:
-    """The part `(M,)` of each image, of each class in proportion, copies together.
+    """The part `(M,)` of each image: every class in the same proportions, identical images in one part.
 
-    The images, shuffled within classes and one class after the other, are dealt out in turns of ten. Copies of an image follow
-    the first of them. The only image of a class goes to train.
+    Images are shuffled within their class and, one class after the other, dealt to parts in turns of ten. Copies follow the first
+    of them. The only image of a class goes to train.
     """
     _, leaders, group = np.unique(copies, return_index=True, return_inverse=True)
     keys = np.random.default_rng(stream("split", 0)).random(len(labels))[leaders]
@@ -333,7 +340,7 @@ def _shared_copies(copies: np.ndarray, parts: tuple[np.ndarray, ...]) -> list[in
 
 
 def _decode(listing: Listing, positions: np.ndarray, img_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images `(M, 3, H, W)` uint8 with the intact ones in front, a digest of the original pixels `(M,)`, which are intact `(M,)`."""
+    """Images `(M, 3, H, W)` uint8 (intact first), digests of the original pixels `(M,)` and the intact mask `(M,)`."""
     images = np.empty((len(positions), 3, img_size, img_size), dtype=np.uint8)
     contents = np.zeros(len(positions), dtype="S16")
     intact = np.zeros(len(positions), dtype=bool)
@@ -360,7 +367,7 @@ def _decode(listing: Listing, positions: np.ndarray, img_size: int) -> tuple[np.
 def _without_damaged(
     listing: Listing, positions: np.ndarray, parts: tuple[np.ndarray, ...]
 ) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
-    """The parts of a streamed set with the damaged images of val and test left out, and the names of those."""
+    """The parts of a streamed set without the damaged images of val and test, and the names of these images."""
     damaged: list[int] = []
     for index in np.concatenate(parts[1:]):
         try:
@@ -386,7 +393,7 @@ def to_pixels(image: Image) -> np.ndarray:
 
 
 def _square(image: Image, img_size: int, crop: float) -> Image:
-    """The central square, cropped to no fewer pixels than `img_size` where the image has them, so that none are invented."""
+    """The central square. The crop keeps at least `img_size` pixels per side if the image has them, so that nothing is enlarged."""
     return _central_square(image, img_size, max(crop, min(1.0, img_size / min(image.size))))
 
 

@@ -1,4 +1,4 @@
-"""Where images come from: a source named by a string, listed in a fixed order and read at any position.
+"""Sources of images: each is named by a string, lists its images in a fixed order and reads any of them.
 
     digits                       scikit-learn's 1,797 handwritten digits, which need no download
     folder:PATH                  image files in class folders
@@ -8,9 +8,9 @@
     webdataset:PATH              shards (tar files with KEY.jpg and KEY.cls or KEY.json), or a folder of them
 
 Several paths are separated by commas. Folders and archives follow timm's reader: an image belongs to the folder it lies
-in, classes are in natural order. They are listed here because that reader cannot list an archive that was cut off, and
-its import takes seconds that a mistyped path should not cost. Shards are indexed here because timm's reader of them is a
-stream: its order is that of a shuffle buffer and cannot be resumed at a position.
+in, classes are in natural order. We list them ourselves because that reader cannot list an archive that was cut off, and because
+its import takes seconds, which a mistyped path should not cost. We index shards ourselves because timm's reader of them is a stream:
+a shuffle buffer decides its order, and it cannot be resumed at a position.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import io
 import json
 import os
 import re
+import stat
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from space.registry import unknown_name
+from workers.file_hashes import File, FileState, hash_files, stamp_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,9 +65,13 @@ class Source:
         return ":".join(filter(None, (self.scheme, self.name, ",".join(map(str, self.paths)))))
 
     @property
-    def stamp(self) -> tuple[tuple[int, int], ...]:
-        """Changes when a file is rewritten or a folder's own entries change, so that a reused worker reads it anew."""
-        return tuple((status.st_mtime_ns, status.st_size) for status in (path.stat() for path in self.paths))
+    def stamp(self) -> str:
+        """16 hex digits that change when any file of the source does, so that a process that lives on reads it anew.
+
+        It asks for the state of every file: 0.4 s for 50,000 in folders (`tests/benchmarks/bench_data.py`), nothing to speak of for
+        archives. Of a torchvision set it looks at all files below ROOT, whichever set they belong to.
+        """
+        return stamp_of(_files_of(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,39 +80,42 @@ class Listing:
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
-    """Bytes of each file, zeros where images are no files of their own."""
+    """Bytes of each image file; zeros where the images are not separate files."""
     classes: tuple[str | None, ...]
     """The class of each image, None for one without."""
     parts: tuple[str, ...] = ()
     """The official split of each image: `train`, `val` or `test`; empty when there is none."""
     read: Callable[[int], Image]
-    """Position -> image; raises whatever the damage makes it raise."""
+    """Position -> image; a damaged image may raise any exception."""
     class_names: tuple[str, ...] = ()
-    """All classes in order, where the source says so itself."""
+    """All classes in order, if the source names them; else empty."""
     storage_order: Sequence[int] | None = None
-    """The positions in the order they are stored, where reading in another one is slow."""
+    """The positions in the order of storage, if reading in another order is slow."""
     crop: float = 0.875
     """The share of the shorter side that the central crop keeps."""
     damage: tuple[str, ...] = ()
     """What is wrong with the source as a whole."""
-    streams: bool = True
+    has_random_access: bool = True
     """Whether an image can be read without reading those before it."""
+    files: Sequence[File] = ()
+    """The files whose bytes are the contents, images or archives of them; empty where `identity` says all."""
     identity: str = ""
-    """Stands for the contents where names and sizes do not."""
+    """Stands for contents that lie in no file, or were read from it already."""
     notes: tuple[str, ...] = ()
     """What a user should know of the listing."""
 
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits over names, sizes and `identity`."""
+    def fingerprint(self, hashes: Path | None = None) -> str:
+        """16 hex digits over names, sizes, `identity` and the bytes of all files; `hashes` is the store of `hash_files`."""
         digest = hashlib.sha256(self.identity.encode())
         for name, size in zip(self.names, self.sizes, strict=True):
             digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+        for file, content in zip(self.files, hash_files(self.files, hashes), strict=True):
+            digest.update(f"{file.name}\0{content}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
 
 
 def parse_source(text: str) -> Source:
-    """The source of a string; raises ValueError in one line if it is none or a path of it is not there."""
+    """The source that a string names; raises ValueError, in one line, for another string or a path that does not exist."""
     scheme, _, rest = text.partition(":")
     if text == "digits":
         return Source(scheme="digits")
@@ -137,8 +146,8 @@ def parse_source(text: str) -> Source:
 
 
 @lru_cache(maxsize=4)
-def list_images(source: Source, stamp: tuple[tuple[int, int], ...]) -> Listing:
-    """The images of a source; raises ValueError if it cannot be listed. `stamp` is the source's, to see that it changed."""
+def list_images(source: Source, stamp: str) -> Listing:
+    """The images of a source; raises ValueError if it cannot be listed. `stamp` is the source's: another one lists it anew."""
     if source.scheme == "digits":
         return _list_digits()
     if source.scheme == "folder":
@@ -148,6 +157,22 @@ def list_images(source: Source, stamp: tuple[tuple[int, int], ...]) -> Listing:
     if source.scheme == "webdataset":
         return _list_shards(source)
     return _list_torchvision(source) if source.scheme == "torchvision" else _list_parquet(source)
+
+
+def _files_of(source: Source) -> Iterator[File]:
+    """Every file that the images and labels of a source may lie in."""
+    if source.scheme == "folder":
+        for path in source.paths:
+            yield from (File(name, f"{path}/{name}") for name in _names_below(path) if _is_image(name))
+    elif source.scheme == "torchvision":
+        yield from (File(name, f"{source.paths[0]}/{name}") for name in _names_below(source.paths[0]))
+    else:
+        paths = source.paths
+        if source.scheme == "webdataset":
+            paths = _shards(source)
+        elif source.scheme == "parquet":
+            paths = _parquet_files(source)
+        yield from (File(path.name, str(path)) for path in paths)
 
 
 def natural_key(name: str) -> list[int | str]:
@@ -179,30 +204,40 @@ class _Files:
     sizes: tuple[int, ...]
     read: Callable[[int], bytes]
     storage_order: Sequence[int]
+    files: Sequence[File]
     damage: tuple[str, ...] = ()
-    streams: bool = True
+    has_random_access: bool = True
 
 
 def _find_in_folder(path: Path) -> _Files:
-    found = sorted((file.relative_to(path).as_posix(), file.stat().st_size) for file in _image_files(path))
-    names, sizes = tuple(name for name, _ in found), tuple(size for _, size in found)
-    return _Files(names, sizes, lambda index: (path / names[index]).read_bytes(), range(len(names)))
+    found: list[tuple[str, int]] = []
+    for name in _names_below(path):
+        # A dangling link has no state; it is not there.
+        with suppress(OSError):
+            if _is_image(name) and stat.S_ISREG((status := os.stat(f"{path}/{name}")).st_mode):
+                found.append((name, status.st_size))
+    names, sizes = zip(*sorted(found), strict=True) if found else ((), ())
+    files = tuple(File(name, f"{path}/{name}") for name in names)
+    return _Files(names, sizes, lambda index: (path / names[index]).read_bytes(), range(len(names)), files)
 
 
-def _image_files(path: Path) -> Iterator[Path]:
-    for root, _, files in os.walk(path, followlinks=True):
-        for name in files:
-            file = Path(root, name)
-            # A dangling link has no size; it is not there.
-            if file.suffix.lower() in EXTENSIONS and file.is_file():
-                yield file
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _names_below(path: Path) -> Iterator[str]:
+    """The files below a folder, named from it with forward slashes."""
+    root = str(path)
+    for folder, _, names in os.walk(root, followlinks=True):
+        below = folder[len(root) :].lstrip("/")
+        yield from (f"{below}/{name}" if below else name for name in names)
 
 
 def _find_in_tar(path: Path) -> _Files:
     found: dict[str, tarfile.TarInfo] = {}
 
     def visit(member: tarfile.TarInfo, archive: tarfile.TarFile) -> None:
-        if PurePosixPath(member.name).suffix.lower() in EXTENSIONS:
+        if _is_image(member.name):
             found[member.name] = member
 
     damage = _scan(path, visit)
@@ -217,20 +252,22 @@ def _files_in_tar(path: Path, members: Sequence[tarfile.TarInfo], damage: tuple[
         sizes=tuple(member.size for member in members),
         read=lambda index: read(members[index]),
         storage_order=sorted(range(len(members)), key=lambda index: members[index].offset_data),
+        # Named by whoever knows whether there are others: the name of a single archive means nothing.
+        files=[File("", str(path))],
         damage=damage,
-        streams=is_plain,
+        has_random_access=is_plain,
     )
 
 
 def _scan(path: Path, visit: Callable[[tarfile.TarInfo, tarfile.TarFile], None]) -> tuple[str, ...]:
-    """Visit every file of an archive; what is wrong with it, if it ends early."""
+    """Visit every file of an archive. Returns one sentence if the archive ends early, else nothing."""
     last = None
     try:
         with tarfile.open(path) as archive:
             for last in archive:
                 if last.isfile():
                     visit(last, archive)
-            # An archive cut between two files reads like a whole one, but for the block of zeros that ends it.
+            # An archive that was cut between two files lacks only the block of zeros at its end.
             archive.fileobj.seek(archive.offset)
             if not archive.fileobj.read(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("no end of archive")
@@ -251,7 +288,7 @@ def _is_plain(path: Path) -> bool:
 
 def _plain_reader(path: Path) -> Callable[[tarfile.TarInfo], bytes]:
     def read(member: tarfile.TarInfo) -> bytes:
-        # Opened for each member: a file position shared with a forked process would be moved by it.
+        # Opened for each member: a forked process would move the position of a file that it shares with this one.
         with path.open("rb") as file:
             file.seek(member.offset_data)
             return file.read(member.size)
@@ -274,7 +311,7 @@ def _compressed_reader(path: Path) -> Callable[[tarfile.TarInfo], bytes]:
 
 
 def _in_class_folders(paths: Sequence[Path], places: Sequence[_Files]) -> Listing:
-    """Files by the folder they lie in. Of several places each counts as a folder itself, so `tar:cat.tar,dog.tar` has two classes."""
+    """Files by the folder they lie in. If there are several places, each is a folder too: `tar:cat.tar,dog.tar` has two classes."""
     prefixes = [re.sub(r"\.(tar(\.\w+)?|t[bgx]z2?)$", "", path.name) + "/" if len(paths) > 1 else "" for path in paths]
     names = [[prefix + name for name in place.names] for prefix, place in zip(prefixes, places, strict=True)]
     folders = [[PurePosixPath(name.lstrip("/")).parts[:-1] for name in place] for place in names]
@@ -291,7 +328,8 @@ def _in_class_folders(paths: Sequence[Path], places: Sequence[_Files]) -> Listin
     classes = tuple(
         folder[-1] if len(folder) > depth + 1 else None for place, depth in zip(folders, depths, strict=True) for folder in place
     )
-    return _join(places, names=tuple(chain.from_iterable(names)), classes=classes, parts=parts, notes=notes)
+    files = [File(prefix + file.name, file.path) for prefix, place in zip(prefixes, places, strict=True) for file in place.files]
+    return _join(places, names=tuple(chain.from_iterable(names)), files=files, classes=classes, parts=parts, notes=notes)
 
 
 def _split_depths(folders: Sequence[Sequence[tuple[str, ...]]]) -> list[int] | None:
@@ -324,7 +362,7 @@ def _join(places: Sequence[_Files], **columns: Any) -> Listing:
         read=read,
         storage_order=order,
         damage=tuple(damage for place in places for damage in place.damage),
-        streams=all(place.streams for place in places),
+        has_random_access=all(place.has_random_access for place in places),
         **columns,
     )
 
@@ -338,7 +376,7 @@ def _decode(content: bytes) -> Image:
 
 def _list_shards(source: Source) -> Listing:
     """The samples of webdataset shards: files of one name up to its first dot are one sample."""
-    shards = [file for path in source.paths for file in (sorted(path.glob("*.tar")) if path.is_dir() else [path])]
+    shards = _shards(source)
     if not shards:
         raise ValueError(f"data '{source}': no shard (*.tar) in {', '.join(map(str, source.paths))}")
     places, classes = zip(*map(_index_shard, shards), strict=True)
@@ -347,9 +385,14 @@ def _list_shards(source: Source) -> Listing:
     return _join(
         places,
         names=tuple(chain.from_iterable(names)),
+        files=tuple(chain.from_iterable(place.files for place in places)),
         classes=tuple(chain.from_iterable(classes)),
         parts=tuple(part for part, place in zip(parts, places, strict=True) for _ in place.names) if all(parts) else (),
     )
+
+
+def _shards(source: Source) -> list[Path]:
+    return [file for path in source.paths for file in (sorted(path.glob("*.tar")) if path.is_dir() else [path])]
 
 
 def _index_shard(path: Path) -> tuple[_Files, list[str | None]]:
@@ -376,7 +419,7 @@ def _index_shard(path: Path) -> tuple[_Files, list[str | None]]:
 
 
 def _label_of(content: bytes, ending: str) -> Any:
-    """What a label file says, None if it says nothing."""
+    """The label in a label file, None if it holds none."""
     try:
         text = content.decode()
         data = json.loads(text) if ending == "json" else text.strip()
@@ -386,7 +429,7 @@ def _label_of(content: bytes, ending: str) -> Any:
 
 
 def _class_of(label: Any, where: str) -> str:
-    """The class that a stored label means; raises ValueError for a negative number or what is no label."""
+    """The class name of a stored label; raises ValueError if the label is a negative number, or neither number nor name."""
     try:
         number = int(label)
     except (TypeError, ValueError):
@@ -399,7 +442,7 @@ def _class_of(label: Any, where: str) -> str:
 
 
 def _part_in_name(name: str) -> str:
-    """The official split that a file's name says: `train` of `cifar10-train-0003.tar`."""
+    """The official split in a file's name, else an empty string: `train` of `cifar10-train-0003.tar`."""
     return next((PARTS[word] for word in re.findall("[a-z]+", name.lower()) if word in PARTS), "")
 
 
@@ -419,7 +462,7 @@ def _list_torchvision(source: Source) -> Listing:
         raise ValueError(f"data '{source}': torchvision finds no {source.name} below {root}: {reason}") from error
     starts = [0, len(sets[0])]
     class_names = tuple(name if isinstance(name, str) else name[0] for name in getattr(sets[0], "classes", ()))
-    labels, digest = [], hashlib.sha256()
+    labels, files, digest = [], [], hashlib.sha256()
     for part in sets:
         samples = getattr(part, "imgs", None)
         targets = getattr(part, "targets", None)
@@ -427,7 +470,8 @@ def _list_torchvision(source: Source) -> Listing:
         if samples is None:
             digest.update(np.ascontiguousarray(part.data).data)
         else:
-            digest.update(repr([(os.path.relpath(file, root), os.path.getsize(file)) for file, _ in samples]).encode())
+            files += [File(os.path.relpath(file, root), file) for file, _ in samples]
+            digest.update(repr(class_names).encode())
         digest.update(labels[-1].astype("<i8").data)
     flat = np.concatenate(labels)
     if class_names and not 0 <= flat.min() <= flat.max() < len(class_names):
@@ -445,6 +489,7 @@ def _list_torchvision(source: Source) -> Listing:
         parts=("train",) * len(sets[0]) + (second,) * len(sets[1]),
         read=read,
         class_names=class_names,
+        files=files,
         identity=digest.hexdigest(),
     )
 
@@ -452,7 +497,7 @@ def _list_torchvision(source: Source) -> Listing:
 def _list_parquet(source: Source) -> Listing:
     if find_spec("datasets") is None:
         raise ValueError(f"data '{source}' needs the package datasets: pip install 'vitscale[parquet]'")
-    files = [file for path in source.paths for file in (sorted(path.rglob("*.parquet")) if path.is_dir() else [path])]
+    files = _parquet_files(source)
     if not files:
         raise ValueError(f"data '{source}': no *.parquet below {', '.join(map(str, source.paths))}")
     names = [os.path.relpath(file, os.path.commonpath(source.paths)) if len(files) > 1 else file.name for file in files]
@@ -479,12 +524,16 @@ def _list_parquet(source: Source) -> Listing:
         parts=tuple(part for part, _ in places) if is_official else (),
         read=read,
         class_names=class_names,
-        identity=repr([(name, file.stat().st_size) for name, file in zip(names, files, strict=True)]),
+        files=[File(name, str(file)) for name, file in zip(names, files, strict=True)],
     )
 
 
+def _parquet_files(source: Source) -> list[Path]:
+    return [file for path in source.paths for file in (sorted(path.rglob("*.parquet")) if path.is_dir() else [path])]
+
+
 def _named_class(label: Any, class_names: Sequence[str], where: str) -> str | None:
-    """The class of a label of a parquet file; in a column with names for its classes -1 says that there is none."""
+    """The class of a label of a parquet file. In a column that names its classes, -1 means that the image has none."""
     if label is None or (class_names and label == -1):
         return None
     name = _class_of(label, where)
@@ -499,12 +548,12 @@ def _read_parquet(files: Sequence[Path], parts: Sequence[str]) -> tuple[dict[str
     """timm's reader of each part, the names of the classes if they are stored, and the labels of all images.
 
     Hugging Face's library copies the data into Arrow files, which all processes of the machine share. They lie in the folder
-    for temporary files, not in the user's home, and are found by the files' paths, sizes and times.
+    for temporary files, not in the user's home, and are found by the files' paths and states.
     """
     import datasets
     from timm.data.readers.reader_hfds import ReaderHfds
 
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    facts = [(str(file), *FileState.of(file.stat())) for file in files]
     room = Path(tempfile.gettempdir(), f"vitscale-{os.getuid()}", hashlib.sha256(repr(facts).encode()).hexdigest()[:16])
     # Only a local folder is read without asking the network. Links in one of ours also serve single files and odd names.
     for number, (file, part) in enumerate(zip(files, parts, strict=True)):

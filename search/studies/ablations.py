@@ -30,20 +30,28 @@ from space.recipe import Recipe
 from space.registry import SpecError, unknown_name
 from space.search_space import Axis, Candidate, SearchSpace
 from space.spec import ArchSpec, Component, full_choices
+from workers.mixings import mixing_class, mixings
 
 if TYPE_CHECKING:
     from results.effects.design import Contrast, Design
     from workers.evaluator import Call
 
+FIRST_MIXINGS = ("mixup", "cutmix", "mixup_cutmix", "patch_mixing", "mask_mix", "transmix", "mixpro")
+"""Stored studies have them in this order; all other registered mixings follow by name."""
+
+
+def _place(mixing: str) -> int:
+    return FIRST_MIXINGS.index(mixing) if mixing in FIRST_MIXINGS else len(FIRST_MIXINGS)
+
+
 LEVELS: dict[str, tuple[str, ...]] = {
     "pooling": ("class_token", "mean", "relu_mean", "max", "gem", "ggem_frozen", "ggem"),
-    "mixing": ("none", "mixup", "cutmix", "mixup_cutmix", "patch_mixing", "mask_mix", "transmix", "mixpro"),
+    "mixing": ("none", *sorted(mixings.names(), key=lambda name: (_place(name), name))),
     "optimizer": ("adamw", "lion", "lamb", "sgd"),
 }
 """The levels of each factor, the reference's first. They are the choices of the study's axes: a new level makes another space,
 in which an older study is refused and needs another --name or --fresh."""
 
-ATTENTION_MIXING = ("transmix", "mixpro")
 MAX_SEED = 10_000
 
 LR_SCALES = {
@@ -245,7 +253,7 @@ def _why_not(factor: str, level: str, model: Model) -> str | None:
             return "the pooling of a timm model is fixed"
         if arch.pooling.name != "class_token":
             return "the reference pools by the class token, and the model has none"
-    if factor == "mixing" and level in ATTENTION_MIXING:
+    if factor == "mixing" and level != LEVELS[factor][0] and mixing_class(level).needs_class_row:
         return supports_class_row(model)
     return None
 

@@ -25,8 +25,9 @@ from space.catalog import resolve
 from space.recipe import Recipe
 from space.vit import build
 from workers.mixing import make_mixer
+from workers.mixings import mixings
 
-METHODS = ("mixup", "cutmix", "mixup_cutmix", "patch_mixing", "mask_mix", "transmix", "mixpro")
+METHODS = mixings.names()
 NUM_CLASSES = 1000
 PATCH_SIZE = 16
 
