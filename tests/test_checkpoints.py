@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from space.model import build_model
-from workers.checkpoints import latest_checkpoint, load_model, save_checkpoint, save_model
+from workers.checkpoints import latest_checkpoint, link_checkpoints, load_model, save_checkpoint, save_model
 
 
 def must_not_warn(message: str) -> None:
@@ -29,6 +29,41 @@ def test_the_last_two_are_kept(tmp_path):
     for step in range(5):
         save_checkpoint(tmp_path, step, {"step": step})
     assert sorted(path.name.split("-")[1] for path in tmp_path.iterdir()) == ["00000003", "00000004"]
+
+
+def test_a_newer_one_than_asked_for_is_neither_loaded_nor_removed(tmp_path):
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, step, {"step": step})
+    found = latest_checkpoint(tmp_path, must_not_warn, up_to=9)
+    assert found is not None
+    assert found[1]["step"] == 2
+    for step in (3, 4):
+        save_checkpoint(tmp_path, step, {"step": step})
+    assert sorted(path.name.split("-")[1] for path in tmp_path.iterdir()) == ["00000003", "00000004", "00000010"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_linked_checkpoints_are_the_same_and_the_source_stays(tmp_path, monkeypatch, has_links):
+    def refuse(*args):
+        raise OSError("no links across devices")
+
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "source", step, {"step": step})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()}
+    if not has_links:
+        monkeypatch.setattr("os.link", refuse)
+    for _ in range(2):
+        link_checkpoints(tmp_path / "source", tmp_path / "own")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "own").iterdir()} == before
+    assert all(path.stat().st_nlink == (2 if has_links else 1) for path in (tmp_path / "own").iterdir())
+    for step in (3, 4):
+        save_checkpoint(tmp_path / "own", step, {"step": step})
+    assert {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()} == before
+
+
+def test_linking_what_is_gone_makes_nothing(tmp_path):
+    link_checkpoints(tmp_path / "source", tmp_path / "own")
+    assert list(tmp_path.iterdir()) == []
 
 
 @given(position=st.integers(0, 10_000), change=st.integers(1, 255))

@@ -26,7 +26,8 @@ from workers.data import load_dataset
 from workers.evaluator import Context, EvaluationError, evaluators
 from workers.evaluators.short_train import ShortTrainSettings, short_train
 from workers.inference import predict, top1_pct
-from workers.training import make_optimizer, make_schedule, train
+from workers.learner import make_optimizer, make_schedule
+from workers.training import train
 
 QUICK = Recipe(epochs=2, batch_size=256, lr=2e-3, warmup_epochs=1, flip=False)
 THOROUGH = Recipe(epochs=12, batch_size=64, lr=1e-2, warmup_epochs=1, flip=False, crop="none", label_smoothing=0.0)
@@ -220,7 +221,7 @@ def test_a_gradient_that_is_not_finite_is_noticed_before_it_is_saved(tiny_vit, d
     def break_gradient(run, *args):
         steps.append(None)
         if len(steps) == 4:
-            run.network.head.weight.register_hook(lambda gradient: gradient / 0.0)
+            run.learner.module.head.weight.register_hook(lambda gradient: gradient / 0.0)
         take_step(run, *args)
 
     monkeypatch.setattr(training_module._Run, "_take_step", break_gradient)
@@ -357,6 +358,102 @@ def test_short_train_judges_the_network_it_stores_and_is_not_repeated(tiny_vit, 
 def test_short_train_without_a_recipe_says_what_is_missing(tiny_vit, digits, tmp_path):
     with pytest.raises(SpecError, match="--recipe"):
         short_train(tiny_vit, Context(seed=0, dataset=digits, workdir=tmp_path), evaluators.get("short_train").parse_settings({}))
+
+
+STOPPED = replace(QUICK, epochs=4, ema_decay=0.9, mixing="mixpro", drop_path=0.1)
+
+
+def values_of(model, dataset, workdir, stop_after, continues=None, *, recipe=STOPPED, warn=pytest.fail):
+    context = Context(seed=0, dataset=dataset, recipe=recipe, workdir=workdir, continues=continues, warn=warn)
+    return short_train(model, context, ShortTrainSettings(stop_after=stop_after))
+
+
+def files_of(folder) -> dict[str, tuple[bytes, int]]:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def weights_of(workdir) -> bytes:
+    from workers.checkpoints import load_model
+
+    return bits(load_model(workdir / "model.pt")[0])
+
+
+def damage(path):
+    """Not in place: the file may be another trial's too."""
+    contents = path.read_bytes()
+    path.unlink()
+    path.write_bytes(contents[:-1])
+
+
+def test_trials_that_continue_one_another_end_with_the_bits_of_one_that_never_stopped(tiny_vit, digits, tmp_path):
+    whole = values_of(tiny_vit, digits, tmp_path / "whole", 0)
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    values_of(tiny_vit, digits, first, 1)
+    before = files_of(first)
+    values_of(tiny_vit, digits, second, 2, first)
+    assert files_of(first) == before
+    assert values_of(tiny_vit, digits, third, 4, second) == whole
+    assert weights_of(third) == weights_of(tmp_path / "whole")
+    assert list(second.glob("checkpoints-*/step-*")), "a stopped training can be continued"
+    assert not list(third.glob("checkpoints-*")), "a finished one can not"
+
+
+def epochs_trained(model, dataset, workdir, stop_after, continues, **how):
+    """The epochs that were not taken over, by what is reported."""
+    points = []
+    train(
+        model,
+        STOPPED,
+        dataset,
+        workdir=workdir,
+        stop_after=stop_after,
+        continue_from=continues,
+        report=lambda name, value, step: points.append((name, value, step)),
+        **how,
+    )
+    assert [value for name, value, _ in points if name == "progress"][-1] == 1.0
+    return [step for name, _, step in points if name == "train_loss"]
+
+
+def test_only_the_epochs_after_the_earlier_stop_are_trained_and_own_newer_checkpoints_win(tiny_vit, digits, tmp_path):
+    assert epochs_trained(tiny_vit, digits, tmp_path / "first", 1, None) == [1]
+    assert epochs_trained(tiny_vit, digits, tmp_path / "second", 2, tmp_path / "first", warn=pytest.fail) == [2]
+    assert epochs_trained(tiny_vit, digits, tmp_path / "second", 3, tmp_path / "first", warn=pytest.fail) == [3]
+    assert epochs_trained(tiny_vit, digits, tmp_path / "second", 1, tmp_path / "first", warn=pytest.fail) == [], "the first one's state"
+
+
+@pytest.mark.parametrize("harm", [damage, os.unlink])
+def test_without_the_earlier_checkpoint_it_is_trained_from_the_beginning(tiny_vit, digits, tmp_path, harm):
+    whole = values_of(tiny_vit, digits, tmp_path / "whole", 0)
+    values_of(tiny_vit, digits, tmp_path / "first", 2)
+    for path in (tmp_path / "first").glob("checkpoints-*/step-*"):
+        harm(path)
+    before, warnings = files_of(tmp_path / "first"), []
+    assert values_of(tiny_vit, digits, tmp_path / "second", 0, tmp_path / "first", warn=warnings.append) == whole
+    assert weights_of(tmp_path / "second") == weights_of(tmp_path / "whole")
+    assert "there is no intact checkpoint of this training" in warnings[-1]
+    assert files_of(tmp_path / "first") == before
+
+
+def test_a_training_stopped_elsewhere_is_not_taken_for_finished(tiny_vit, digits, tmp_path):
+    first = values_of(tiny_vit, digits, tmp_path, 1)
+    assert values_of(tiny_vit, digits, tmp_path, 1) == first
+    assert values_of(tiny_vit, digits, tmp_path, 2) != first
+
+
+@pytest.mark.parametrize("stop_after", [-1, 5])
+def test_a_stop_outside_the_training_is_refused(tiny_vit, digits, tmp_path, stop_after):
+    short = evaluators.get("short_train")
+    with pytest.raises(SpecError, match=f"stop_after is {stop_after}; the recipe has 4 epochs, so allowed are 1 to 4"):
+        short.check(tiny_vit, STOPPED, ShortTrainSettings(stop_after=stop_after))
+
+
+def test_the_average_of_a_short_training_is_of_its_end(tiny_vit, digits, tmp_path):
+    """Without a warm-up it would be the initial network: 48 steps at .9999 take over half a percent of what is learned."""
+    recipe = replace(THOROUGH, ema_decay=0.9999)
+    trained = train(tiny_vit, recipe, digits, workdir=tmp_path)
+    logits = predict(trained.network, digits, digits.test, device="cpu")
+    assert top1_pct(logits, digits.labels[digits.test]) > 60
 
 
 @pytest.mark.gpu

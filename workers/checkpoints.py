@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -42,25 +43,45 @@ class _Hashing:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write the state after `step` steps and remove all but the last two; returns the new file."""
+    """Write the state after `step` steps and remove all but the last two up to there; returns the new file."""
     with _appearing_whole(folder) as (file, name_it):
         hashing = _Hashing(file)
         torch.save(state, cast("BinaryIO", hashing))
         path = name_it(f"step-{step:08d}-{hashing.sha256.hexdigest()[:16]}.pt")
-    for old in _checkpoints(folder)[:-KEPT]:
+    for old in _checkpoints(folder, up_to=step)[:-KEPT]:
         old.unlink()
     return path
 
 
-def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its state on the CPU; None if there is none.
+def link_checkpoints(source: Path, folder: Path) -> None:
+    """Make the checkpoints in `source` those of `folder` too: as hard links, as copies where the file system has none.
+
+    Nothing in `source` changes. One that is gone, or vanishes meanwhile, is left out; a damaged one shows itself when it is read.
+    """
+    for path in _checkpoints(source):
+        target = folder / path.name
+        if target.exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, target)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            with suppress(FileNotFoundError), path.open("rb") as original, _appearing_whole(folder) as (file, name_it):
+                shutil.copyfileobj(original, file)
+                name_it(path.name)
+
+
+def latest_checkpoint(folder: Path, warn: Callable[[str], None], *, up_to: int | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, of those after at most `up_to` steps, with its state on the CPU; None if there is none.
 
     A damaged one is named to `warn`, set aside, and the one before it is used. For the one process that writes to `folder`, before
     it writes: what a killed one left half-written is removed.
     """
     for unfinished in folder.glob(f"{UNFINISHED}*"):
         unfinished.unlink()
-    for path in reversed(_checkpoints(folder)):
+    for path in reversed(_checkpoints(folder, up_to)):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if path.stem.endswith(f"-{digest[:16]}"):
@@ -86,10 +107,11 @@ def load_model(path: Path, device: str = "cpu") -> tuple[nn.Module, Model]:
     return network.eval().to(device), model
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path, up_to: int | None = None) -> list[Path]:
     """Oldest first."""
     found = ((CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("step-*.pt"))
-    return [path for _, path in sorted((int(match.group(1)), path) for match, path in found if match)]
+    steps = sorted((int(match.group(1)), path) for match, path in found if match)
+    return [path for step, path in steps if up_to is None or step <= up_to]
 
 
 @contextmanager

@@ -36,7 +36,7 @@ ALONE = Process()
 
 
 def on_devices(function: Callable[[Process], Mapping[str, Any]], context: Context) -> Mapping[str, Any]:
-    """What `function` returns in the first of the processes that the trial has, each with its device; in this one if it has one.
+    """Run `function` in every process of the trial, each with its device; return rank 0's result. A single process is this one.
 
     `function` and what it returns, a JSON object, travel between processes when there are several.
     """

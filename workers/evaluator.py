@@ -139,8 +139,8 @@ class Evaluator:
     uses_data: bool = False
     needs_dataset: bool = False
     uses_processes: bool = False
-    is_deterministic: bool = True
     continued_by: str = ""
+    is_deterministic: bool = True
     cpus: float = 1.0
     gpus: float = 0.0
     memory_mb: int = 1000

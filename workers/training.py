@@ -1,8 +1,8 @@
-"""One training from start to end: a pure function of model, recipe and data, however often it was interrupted.
+"""One training from start to end: a pure function of model, recipe, data and objective, however often it was interrupted.
 
 Every random draw comes from a stream named by (seed, epoch, step) or (seed, epoch, index), so the position in the training is the
-whole state of its randomness: a checkpoint holds weights, optimizer, moving average and that position, and what is resumed ends
-with the bits of what was not (on the CPU, with the same number of threads).
+whole state of its randomness. A checkpoint holds weights, optimizer, moving average, the objective's own state and that position: a
+resumed training is bit-identical to an uninterrupted one (on the CPU, with the same number of threads).
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from space.model import Model, build_model, decay_exempt, exponent_parameters, supports_class_row, token_size
+from space.model import Model, supports_class_row, token_size
 from space.randomness import stream
 from space.recipe import Recipe
 from space.registry import SpecError
 from space.spec import digest_of
 from workers.augmentation import make_image_transform
-from workers.batches import TrainingBatches
-from workers.checkpoints import latest_checkpoint, save_checkpoint
+from workers.batches import Batch, TrainingBatches
+from workers.checkpoints import latest_checkpoint, link_checkpoints, save_checkpoint
 from workers.data import DataSet
 from workers.distributed import ALONE, Process
 from workers.evaluator import PROGRESS, EvaluationError, Report, report_nothing
-from workers.inference import mean_nll, predict, top1_pct
-from workers.mixing import Mixer, make_mixer
+from workers.learner import Learner
+from workers.mixing import make_mixer
+from workers.objectives import Classification, Objective, Position, Setup
 
 FINITE_CHECK_STEPS = 50
 """A look at the loss waits for the device; until the next one a step that was not finite is remembered there."""
@@ -43,16 +44,18 @@ CHECKPOINTS = "checkpoints-"
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A finished training: the network to use (the moving average, if the recipe keeps one) and what its course showed."""
+    """A training at its end or stop: the network to use (the moving average, if the recipe keeps one) and what its course showed."""
 
     network: nn.Module
+    is_finished: bool
+    """Whether all epochs of the recipe were trained; if not, the last checkpoint is there to go on from."""
     train_loss: float
     """Mean over the last epoch, mixing and smoothing included."""
     images_per_s: float
     data_wait_pct: float
     """Share of the training time spent waiting for data; both rates leave validation out and are those since the last start."""
     checkpoints: Path
-    """The folder of this training's checkpoints, of no more use once the network is stored."""
+    """The folder of this training's checkpoints; once it is finished and the network is stored, they are of no more use."""
 
 
 def train(
@@ -61,6 +64,9 @@ def train(
     dataset: DataSet,
     *,
     workdir: Path,
+    objective: Objective | None = None,
+    stop_after: int | None = None,
+    continue_from: Path | None = None,
     process: Process = ALONE,
     report: Report = report_nothing,
     warn: Callable[[str], None] = lambda message: None,
@@ -69,18 +75,43 @@ def train(
 ) -> Training:
     """Train the network of `model` on the training part of `dataset`, going on from the last checkpoint in `workdir`.
 
-    Reports `train_loss`, `val_top1_pct`, `val_nll`, `lr`, `images_per_s` and `data_wait_pct` after each epoch, and its progress.
-    Raises SpecError where model, recipe and data do not fit one another, and EvaluationError `non_finite` naming the step and the
-    last good checkpoint.
+    The `objective` says what is minimised and validated; None is plain classification. The training stops after `stop_after` epochs
+    (None: all of the recipe) with a checkpoint, and its schedule is that of all epochs. `continue_from` is the work directory of an
+    earlier, stopped trial of the same training, whose files stay as they are: this one goes on from its last checkpoint if that is
+    newer than those in `workdir`. If there is none to go on from, it warns and trains from the beginning; the result is the same.
+
+    Reports `train_loss`, what the objective validates (`val_top1_pct` and `val_nll` of classification), `lr`, `images_per_s` and
+    `data_wait_pct` after each epoch, and its progress, which is 1 at the stop. Raises SpecError where model, recipe, data, objective
+    and stop do not fit one another, and EvaluationError `non_finite` naming the step and the last good checkpoint.
     """
     check_recipe(model, recipe, num_processes=process.world_size)
+    check_stop(recipe, stop_after)
     if model.num_classes != dataset.num_classes:
         raise SpecError(f"the network has {model.num_classes} classes, data {dataset.source!r} has {dataset.num_classes}")
-    run = _Run(model, recipe, dataset, workdir, process, report, num_loader_workers, checkpoint_every_s)
+    run = _Run(
+        model, recipe, dataset, workdir, objective or Classification(), stop_after, process, report, num_loader_workers, checkpoint_every_s
+    )
     with _own_random_state(process.device):
-        run.resume(warn)
+        run.start(continue_from, warn)
         run.to_the_end()
     return run.result()
+
+
+def check_stop(recipe: Recipe, stop_after: int | None) -> None:
+    """Raise SpecError unless the training has an epoch to stop after; None is the last one."""
+    if stop_after is not None and not 1 <= stop_after <= recipe.epochs:
+        raise SpecError(f"stop_after is {stop_after}; the recipe has {recipe.epochs} epochs, so allowed are 1 to {recipe.epochs}")
+
+
+def training_identity(model: Model, recipe: Recipe, dataset: DataSet, objective: Objective | None = None, *parts: Any) -> str:
+    """16 hex digits that tell a training from all others, whatever its stop; `parts` are JSON of the caller's own."""
+    identity: list[Any] = [model.digest, recipe.to_json(), dataset.digest, *parts]
+    if recipe.ema_decay:
+        # Until November 2026 the average had no warm-up: a checkpoint of that time is of another training.
+        identity.append({"ema_warmup": True})
+    if objective is not None and objective.identity is not None:
+        identity.append({"objective": [type(objective).__name__, objective.identity]})
+    return digest_of(identity)
 
 
 def check_recipe(model: Model, recipe: Recipe, *, num_processes: int = 1) -> None:
@@ -93,43 +124,6 @@ def check_recipe(model: Model, recipe: Recipe, *, num_processes: int = 1) -> Non
         raise SpecError(f"mixing {recipe.mixing!r} reads the class token's attention: {reason}")
 
 
-def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """timm's optimizer of the recipe; weight decay spares norms, biases, positions, tokens and exponents."""
-    from timm import optim
-
-    exempt, exponents = decay_exempt(network), exponent_parameters(network)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        decay = 0.0 if name in exempt or name in exponents else recipe.optimizer_weight_decay
-        scale = recipe.exponent_lr_scale if name in exponents else 1.0
-        groups.setdefault((decay, scale), []).append(parameter)
-    # timm's schedulers multiply the rate of a group by its "lr_scale".
-    params: Any = [{"params": params, "weight_decay": decay, "lr_scale": scale} for (decay, scale), params in groups.items()]
-    # timm's LAMB clips by itself unless told not to, which is the recipe's to say.
-    own: dict[str, dict[str, Any]] = {"adamw": {"fused": True}, "sgd": {"fused": True}, "lamb": {"max_grad_norm": None}}
-    return optim.create_optimizer_v2(  # type: ignore[reportPrivateImportUsage]
-        params, opt=recipe.optimizer, lr=recipe.optimizer_lr, momentum=0.9, **own.get(recipe.optimizer, {})
-    )
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> Any:
-    """Linear warm-up, then a cosine to `min_lr` at the last step: timm's schedule, a function of the step alone."""
-    from timm.scheduler.cosine_lr import CosineLRScheduler
-
-    num_steps = recipe.epochs * steps_per_epoch
-    warmup = min(round(recipe.warmup_epochs * steps_per_epoch), num_steps // 2)
-    scale = recipe.optimizer_lr / recipe.lr
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(num_steps - 1 - warmup, 1),
-        lr_min=recipe.min_lr * scale,
-        warmup_t=warmup,
-        warmup_lr_init=recipe.min_lr * scale,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
-
-
 class _Run:
     """A training in progress. `step` counts the optimizer steps taken."""
 
@@ -139,65 +133,92 @@ class _Run:
         recipe: Recipe,
         dataset: DataSet,
         workdir: Path,
+        objective: Objective,
+        stop_after: int | None,
         process: Process,
         report: Report,
         num_loader_workers: int,
         checkpoint_every_s: float,
     ):
-        self.model, self.recipe, self.dataset, self.process = model, recipe, dataset, process
+        self.recipe, self.dataset, self.objective, self.process = recipe, dataset, objective, process
         self.report = report if process.rank == 0 else report_nothing
-        self.folder = workdir / f"{CHECKPOINTS}{self.identity}"
-        self.num_loader_workers, self.checkpoint_every_s = num_loader_workers, checkpoint_every_s
+        self.workdir, self.identity = workdir, training_identity(model, recipe, dataset, objective, process.world_size)
+        self.checkpoint_every_s = checkpoint_every_s
+        self.setup = Setup(
+            model=model,
+            recipe=recipe,
+            dataset=dataset,
+            process=process,
+            mixer=make_mixer(recipe, img_size=model.img_size, patch_size=token_size(model), num_processes=process.world_size),
+            autocast=self._autocast,
+            num_loader_workers=num_loader_workers,
+        )
         self.batches = TrainingBatches(
             dataset, recipe, device=process.device, rank=process.rank, world_size=process.world_size, num_workers=num_loader_workers
         )
-        self.network = build_model(model, seed=recipe.seed, drop_path=recipe.drop_path).to(process.device).train()
-        self.average = self._make_average()
-        self.optimizer = make_optimizer(self.network, recipe)
-        self.schedule = make_schedule(self.optimizer, recipe, self.batches.num_steps)
-        self.mixer = make_mixer(recipe, img_size=model.img_size, patch_size=token_size(model), num_processes=process.world_size)
         self.num_steps = recipe.epochs * self.batches.num_steps
+        self.last_step = self.num_steps if stop_after is None else stop_after * self.batches.num_steps
         self.step = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=process.device)
         """Of the steps of this epoch so far."""
         self.train_loss = math.nan
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=process.device)
         self.last_checkpoint: Path | None = None
+        self.saved_step = -1
         self.trained_s, self.num_trained = 0.0, 0
 
-    def resume(self, warn: Callable[[str], None]) -> None:
-        """Go on from the last checkpoint, if there is one of this training."""
-        found = latest_checkpoint(self.folder, warn) if self.process.rank == 0 else None
+    @property
+    def folder(self) -> Path:
+        return self.workdir / f"{CHECKPOINTS}{self.identity}"
+
+    def start(self, continue_from: Path | None, warn: Callable[[str], None]) -> None:
+        """Make the module that learns: as it stood at the last checkpoint, if there is one of this training, else anew."""
+        found = self._find_checkpoint(continue_from, warn)
+        state: dict[str, Any] = {}
+        if found is not None:
+            self.last_checkpoint, state = found
+            self.dataset.record_damage(tuple(state["skipped"]))
+            self.objective.load_state_dict(state.get("objective", {}))
+        torch.manual_seed(stream(self.recipe.seed, "start"))
+        module = self.objective.start(self.setup).to(self.process.device)
+        self.learner = Learner(module, self.recipe, self.batches.num_steps)
+        if state:
+            self.learner.load_state_dict(state)
+            self.step, self.train_loss = state["step"], state["train_loss"]
+            self.loss_sum = state["loss_sum"].to(self.loss_sum.device)
+            self.saved_step = self.step
+        self._prepare_forward()
+
+    def _find_checkpoint(self, continue_from: Path | None, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        found = None
+        if self.process.rank == 0:
+            if continue_from is not None:
+                link_checkpoints(continue_from / self.folder.name, self.folder)
+            found = latest_checkpoint(self.folder, warn, up_to=self.last_step)
+            if found is None and continue_from is not None:
+                warn(f"there is no intact checkpoint of this training in {continue_from}: it is trained from the beginning")
         if self.process.world_size > 1:
             # The first process alone tidies the folder, so the others are told what it found.
             shared = [found]
             torch.distributed.broadcast_object_list(shared)
             found = shared[0]
-        if found is None:
-            return
-        self.last_checkpoint, state = found
-        self.dataset.record_damage(tuple(state["skipped"]))
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.module.load_state_dict(state["average"])
-        self.step, self.train_loss = state["step"], state["train_loss"]
-        self.loss_sum = state["loss_sum"].to(self.loss_sum.device)
+        return found
 
     def to_the_end(self) -> None:
-        forward = self._make_forward()
         saved_at = shown_at = time.monotonic()
-        while self.step < self.num_steps:
+        while self.step < self.last_step:
             epoch, first_step = divmod(self.step, self.batches.num_steps)
             began = time.monotonic()
+            if first_step == 0:
+                self._begin_epoch(epoch)
             for batch in self.batches.epoch(epoch, first_step):
-                self._take_step(forward, epoch, batch.images, batch.labels)
+                self._take_step(epoch, batch)
                 now = time.monotonic()
                 if self.step % FINITE_CHECK_STEPS == 0:
                     self._check_finite()
                 if now - shown_at >= PROGRESS_EVERY_S:
                     shown_at = now
-                    self.report(PROGRESS, self.step / self.num_steps, self.step)
+                    self.report(PROGRESS, self.step / self.last_step, self.step)
                 # The processes' losses come together at the end of an epoch: until then no one of them could save the sum.
                 is_inside = self.step % self.batches.num_steps and self.process.world_size == 1
                 if now - saved_at >= self.checkpoint_every_s and is_inside:
@@ -206,15 +227,17 @@ class _Run:
             self._check_finite()
             self.trained_s += time.monotonic() - began
             self._end_epoch(epoch)
-            if time.monotonic() - saved_at >= self.checkpoint_every_s and self.step < self.num_steps:
+            if time.monotonic() - saved_at >= self.checkpoint_every_s and self.step < self.last_step:
                 self._save()
                 saved_at = time.monotonic()
+        if self.step < self.num_steps and self.saved_step != self.step:
+            self._save()
         self.report(PROGRESS, 1.0, self.step)
 
     def result(self) -> Training:
-        network = self.network if self.average is None else self.average.module
         return Training(
-            network=network.eval(),
+            network=self.objective.network(self.learner.averaged).eval(),
+            is_finished=self.step == self.num_steps,
             train_loss=self.train_loss,
             images_per_s=self.images_per_s,
             data_wait_pct=self.data_wait_pct,
@@ -229,48 +252,45 @@ class _Run:
     def data_wait_pct(self) -> float:
         return 100 * self.batches.wait_s / self.trained_s if self.trained_s else math.nan
 
-    @property
-    def identity(self) -> str:
-        """Of what is trained, on what, and by how many processes."""
-        return digest_of([self.model.digest, self.recipe.to_json(), self.dataset.digest, self.process.world_size])
+    def _begin_epoch(self, epoch: int) -> None:
+        if self.averages_gradients:
+            self._share_module()
+        torch.manual_seed(stream(self.recipe.seed, "before_epoch", epoch))
+        before, trained = self.learner, _trained(self.learner.module)
+        self.learner = self.objective.before_epoch(epoch, before)
+        if self.learner is not before or _trained(self.learner.module) != trained:
+            self._prepare_forward()
 
-    def _take_step(self, forward: Callable[..., Any], epoch: int, images: Tensor, labels: Tensor) -> None:
-        recipe, num_parts = self.recipe, self.recipe.num_accumulation
+    def _take_step(self, epoch: int, batch: Batch) -> None:
+        recipe, process, num_parts = self.recipe, self.process, self.recipe.num_accumulation
         # Drop path and dropout draw from torch's global stream.
-        torch.manual_seed(stream(recipe.seed, "step", epoch, self.step, self.process.rank))
-        self.schedule.step_update(self.step)
-        loss = torch.zeros((), device=images.device)
-        for part, (some_images, some_labels) in enumerate(zip(images.chunk(num_parts), labels.chunk(num_parts), strict=True)):
-            is_last = part == num_parts - 1
-            seed = stream(recipe.seed, "mixing", epoch, self.step, self.process.rank, part)
-            with nullcontext() if is_last else self._without_sync(forward):
-                part_loss = self._loss(forward, some_images, some_labels, seed) * (len(some_images) / len(images))
+        torch.manual_seed(stream(recipe.seed, "step", epoch, self.step, process.rank))
+        self.learner.set_rate(self.step)
+        loss = torch.zeros((), device=batch.images.device)
+        for part, (images, labels) in enumerate(zip(batch.images.chunk(num_parts), batch.labels.chunk(num_parts), strict=True)):
+            position = Position(
+                seed=recipe.seed,
+                epoch=epoch,
+                step=self.step,
+                part=part,
+                num_parts=num_parts,
+                rank=process.rank,
+                world_size=process.world_size,
+            )
+            with nullcontext() if part == num_parts - 1 else self._without_sync():
+                part_loss = self.objective.loss(self._forward, Batch(images, labels), position) * (len(images) / len(batch.images))
                 part_loss.backward()
             loss += part_loss.detach()
+        if self.averages_gradients:
+            average_gradients(self.learner.module, process.world_size)
         # A finite loss can have gradients that are not, and the weights are then lost with this step.
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip_grad_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.learner.module.parameters(), recipe.clip_grad_norm or math.inf)
         is_good = torch.isfinite(loss) & torch.isfinite(norm)
         self.first_bad_step = torch.where((self.first_bad_step < 0) & ~is_good, self.step, self.first_bad_step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update(self.network)
-        self.loss_sum += loss
         self.step += 1
+        self.learner.update(self.step)
+        self.loss_sum += loss
         self.num_trained += self.batches.images_per_step
-
-    def _loss(self, forward: Callable[..., Any], images: Tensor, labels: Tensor, seed: int) -> Tensor:
-        mixer: Mixer | None = self.mixer
-        with self._autocast():
-            if mixer is None:
-                logits = forward(images)
-                return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-            mixed = mixer.mix(images, seed)
-            if mixer.needs_class_row:
-                logits, class_row = forward(mixed.images, with_class_row=True)
-            else:
-                logits, class_row = forward(mixed.images), None
-        return mixer.loss(logits.float(), labels, mixed, class_row, self.recipe.label_smoothing)
 
     def _end_epoch(self, epoch: int) -> None:
         if self.process.world_size > 1:
@@ -281,14 +301,10 @@ class _Run:
         self.loss_sum = torch.zeros_like(self.loss_sum)
         if self.process.rank:
             return
-        network = self.network if self.average is None else self.average.module
-        logits = predict(network, self.dataset, self.dataset.val, device=self.process.device, num_loader_workers=self.num_loader_workers)
-        labels = self.dataset.labels[self.dataset.val]
         shown = {
             "train_loss": self.train_loss,
-            "val_top1_pct": top1_pct(logits, labels),
-            "val_nll": mean_nll(logits, labels),
-            "lr": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"],
+            **self.objective.validate(self.learner.averaged),
+            "lr": self.learner.lr,
             "images_per_s": self.images_per_s,
             "data_wait_pct": self.data_wait_pct,
         }
@@ -321,30 +337,43 @@ class _Run:
             "train_loss": self.train_loss,
             "loss_sum": self.loss_sum.cpu(),
             "skipped": list(self.dataset.skipped),
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": None if self.average is None else self.average.module.state_dict(),
+            "objective": self.objective.state_dict(),
+            **self.learner.state_dict(),
         }
         self.last_checkpoint = save_checkpoint(self.folder, self.step, state)
+        self.saved_step = self.step
 
-    def _make_average(self) -> Any:
-        if not self.recipe.ema_decay:
-            return None
-        from timm.utils.model_ema import ModelEmaV3
+    @property
+    def averages_gradients(self) -> bool:
+        """Whether this loop averages gradients over the processes, and not DistributedDataParallel, which overlaps it with the
+        backward pass but takes one forward pass per step that reaches every parameter."""
+        return self.process.world_size > 1 and not self.objective.touches_all
 
-        return ModelEmaV3(self.network, decay=self.recipe.ema_decay)
-
-    def _make_forward(self) -> Callable[..., Any]:
-        network: Any = self.network
-        if self.process.world_size > 1:
+    def _prepare_forward(self) -> None:
+        """For the module as it is now: again when it is another or other parameters of it train."""
+        self._parallel: Any = self.learner.module
+        if self.averages_gradients:
+            self._share_module()
+        elif self.process.world_size > 1:
             from torch.nn.parallel import DistributedDataParallel
 
-            network = DistributedDataParallel(network)
-        return torch.compile(network) if self.recipe.compile else network
+            self._parallel = DistributedDataParallel(self.learner.module)
+        call: Any = torch.compile(self._parallel) if self.recipe.compile else self._parallel
 
-    def _without_sync(self, forward: Callable[..., Any]) -> AbstractContextManager[Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._autocast():
+                return call(*args, **kwargs)
+
+        self._forward = forward
+
+    def _share_module(self) -> None:
+        """Give all processes the first one's module: its buffers, such as statistics of batches, differ from process to process."""
+        for tensor in self.learner.module.state_dict().values():
+            torch.distributed.broadcast(tensor, src=0)
+
+    def _without_sync(self) -> AbstractContextManager[Any]:
         """Gradients of all processes are averaged once per step, with its last part."""
-        return forward.no_sync() if hasattr(forward, "no_sync") else nullcontext()  # type: ignore[attr-defined]
+        return self._parallel.no_sync() if hasattr(self._parallel, "no_sync") else nullcontext()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         device = torch.device(self.process.device).type
@@ -356,6 +385,35 @@ def precision(recipe: Recipe, device: str) -> str:
     if recipe.precision != "auto":
         return recipe.precision
     return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+@torch.no_grad()
+def average_gradients(module: nn.Module, num_processes: int) -> None:
+    """Replace each gradient by its mean over the processes, in which a process that has none counts as zero.
+
+    Where no process has one it stays None. The number of processes that have one is read on the host, which waits for the device.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not parameters:
+        return
+    num_touched = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=parameters[0].device)
+    torch.distributed.all_reduce(num_touched)
+    touched = [parameter for parameter, number in zip(parameters, num_touched.tolist(), strict=True) if number]
+    for parameter in touched:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if not touched:
+        return
+    gradients = [parameter.grad for parameter in touched if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= num_processes
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def _trained(module: nn.Module) -> list[bool]:
+    return [parameter.requires_grad for parameter in module.parameters()]
 
 
 @contextmanager

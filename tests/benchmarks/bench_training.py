@@ -32,7 +32,8 @@ from space.recipe import Recipe
 from workers.batches import TrainingBatches
 from workers.data import IMAGENET_MEAN, IMAGENET_STD, DataSet
 from workers.distributed import Process
-from workers.training import make_optimizer, precision, train
+from workers.learner import make_optimizer
+from workers.training import precision, train
 
 MODEL = "vit_cifar"
 LOADER_PROCESSES = [number for number in (0, 1, 2, 4, 8, 16) if number <= max(2, len(os.sched_getaffinity(0)))]

@@ -37,7 +37,7 @@ from workers.data import DataSet
 from workers.evaluator import ARTIFACTS, Context, EvaluationError, evaluator
 from workers.evaluators.short_train import PREDICTIONS, WEIGHTS, write_predictions
 from workers.inference import mean_nll, top1_pct
-from workers.training import make_optimizer, make_schedule
+from workers.learner import Learner
 
 BACKBONE = "backbone"
 """The phase whose best network is probed."""
@@ -176,18 +176,17 @@ def _train(probe: nn.Sequential, tokens: Tensor, labels: Tensor, recipe: Recipe,
         layers = probe
     num_images = max(1, round(settings.subsample * len(tokens)))
     chosen = np.random.default_rng(stream(recipe.seed, "probe images")).permutation(len(tokens))[:num_images]
-    optimizer = make_optimizer(layers, recipe)
     steps_per_epoch = math.ceil(num_images / recipe.batch_size)
-    schedule = make_schedule(optimizer, recipe, steps_per_epoch)
+    learner = Learner(layers, recipe, steps_per_epoch)
+    # Not `workers.training.train`: a step here takes half a millisecond, and the checks and streams of that loop would double it.
     for epoch in range(recipe.epochs):
         order = np.random.default_rng(stream(recipe.seed, "probe batches", epoch)).permutation(chosen)
         losses = []
         for step, batch in enumerate(torch.from_numpy(order).to(tokens.device).split(recipe.batch_size)):
-            schedule.step_update(epoch * steps_per_epoch + step)
+            learner.set_rate(num_steps := epoch * steps_per_epoch + step)
             loss = nn.functional.cross_entropy(layers(tokens[batch].float()), labels[batch])
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            optimizer.step()
+            learner.update(num_steps + 1)
             losses.append(loss.detach())
         context.report("train_loss", torch.stack(losses).mean().item(), epoch + 1)
     exponents = exponent_parameters(probe)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,13 +22,13 @@ from results.records import Metric, write_bytes_atomically, write_json_atomicall
 from space.model import Model
 from space.recipe import Recipe
 from space.registry import SpecError
-from space.spec import digest_of
 from workers.checkpoints import save_model
 from workers.data import DataSet
 from workers.distributed import Process, on_devices
-from workers.evaluator import ARTIFACTS, Context, Report, evaluator
+from workers.evaluator import ARTIFACTS, Context, EvaluationError, Report, evaluator
 from workers.inference import mean_nll, predict, top1_pct
-from workers.training import check_recipe, train
+from workers.objectives import Classification, Distillation, Objective
+from workers.training import check_recipe, check_stop, train, training_identity
 
 WEIGHTS = "model.pt"
 PREDICTIONS = "predictions.npz"
@@ -37,12 +38,20 @@ MUCH_WAITING_PCT = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class ShortTrainSettings:
-    """How the training is run; nothing here changes a number.
+    """How the training is run.
 
-    `num_loader_workers` decode and transform single images, where that is needed; -1 takes none on the CPU, which the training
-    has to itself, and for a GPU one per core, eight at most.
+    `stop_after` so many epochs it stops, while its schedule stays that of all epochs of the recipe; 0 is to the end. `teacher` is the
+    name of an earlier phase that trained a network (short_train): its best trial's network teaches by its logits, with
+    `distillation_weight` from 0 to 1 of the loss and both distributions softened by `temperature` (`workers.objectives.Distillation`).
+
+    The others change no number. `num_loader_workers` decode and transform single images, where that is needed; -1 takes none on the
+    CPU, which the training has to itself, and for a GPU one per core, eight at most.
     """
 
+    stop_after: int = field(default=0, metadata={"added_later": True})
+    teacher: str = field(default="", metadata={"added_later": True})
+    distillation_weight: float = field(default=0.5, metadata={"added_later": True})
+    temperature: float = field(default=1.0, metadata={"added_later": True})
     checkpoint_every_s: float = field(default=60.0, metadata={"changes_numbers": False})
     num_loader_workers: int = field(default=-1, metadata={"changes_numbers": False})
 
@@ -51,6 +60,12 @@ class ShortTrainSettings:
             raise ValueError(f"checkpoint_every_s is {self.checkpoint_every_s!r}; allowed: numbers from 0")
         if self.num_loader_workers < -1:
             raise ValueError(f"num_loader_workers is {self.num_loader_workers!r}; allowed: whole numbers from -1")
+        if not 0 <= self.distillation_weight <= 1:
+            raise ValueError(f"distillation_weight is {self.distillation_weight!r}; allowed: from 0 to 1")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature!r}; allowed: numbers above 0")
+        if not self.teacher and (self.distillation_weight, self.temperature) != (0.5, 1.0):
+            raise ValueError("distillation_weight and temperature have no effect without a teacher, the name of an earlier phase")
 
     def num_loaders(self, device: str) -> int:
         if self.num_loader_workers >= 0:
@@ -62,6 +77,7 @@ def check(model: Model, recipe: Recipe | None, settings: ShortTrainSettings) -> 
     if recipe is None:
         raise SpecError("short_train needs a recipe: --recipe epochs=20,batch_size=64 for one model, or a study that gives its trials one")
     check_recipe(model, recipe)
+    check_stop(recipe, settings.stop_after or None)
 
 
 @evaluator(
@@ -78,6 +94,7 @@ def check(model: Model, recipe: Recipe | None, settings: ShortTrainSettings) -> 
     uses_data=True,
     needs_dataset=True,
     uses_processes=True,
+    continued_by="stop_after",
     memory_mb=2000,
 )
 def short_train(model: Model, context: Context, settings: ShortTrainSettings) -> Mapping[str, float]:
@@ -86,13 +103,17 @@ def short_train(model: Model, context: Context, settings: ShortTrainSettings) ->
     assert context.recipe is not None
     assert context.dataset is not None
     dataset, recipe = context.dataset, context.recipe
-    identity = digest_of([model.digest, recipe.to_json(), dataset.digest])
+    teacher = _teacher(context, settings.teacher)
+    stop = [{"stop_after": settings.stop_after}] if settings.stop_after else []
+    identity = training_identity(model, recipe, dataset, _objective(teacher, settings), *stop)
     work = partial(
         _train_and_judge,
         model=model,
         recipe=recipe,
         dataset=dataset,
         workdir=context.workdir.absolute(),
+        continue_from=None if context.continues is None else context.continues.absolute(),
+        teacher=teacher,
         report=context.report,
         settings=settings,
         identity=identity,
@@ -110,6 +131,8 @@ def _train_and_judge(
     recipe: Recipe,
     dataset: DataSet,
     workdir: Path,
+    continue_from: Path | None,
+    teacher: Path | None,
     report: Report,
     settings: ShortTrainSettings,
     identity: str,
@@ -122,6 +145,9 @@ def _train_and_judge(
         recipe,
         dataset,
         workdir=workdir,
+        objective=_objective(teacher, settings),
+        stop_after=settings.stop_after or None,
+        continue_from=continue_from,
         process=process,
         report=report,
         warn=warnings.append,
@@ -153,8 +179,25 @@ def _train_and_judge(
         warnings.append(f"the training waited for data {training.data_wait_pct:.0f} % of its time: --set short_train.num_loader_workers=N")
     done = {"values": values, "warnings": warnings}
     write_json_atomically(workdir / FINISHED, {"identity": identity, **done})
-    shutil.rmtree(training.checkpoints, ignore_errors=True)
+    if training.is_finished:
+        shutil.rmtree(training.checkpoints, ignore_errors=True)
     return done
+
+
+def _teacher(context: Context, phase: str) -> Path | None:
+    """The weights that the earlier phase left, made absolute; None without a phase."""
+    if not phase:
+        return None
+    weights = context.best(phase).workdir.absolute() / WEIGHTS
+    if not weights.exists():
+        raise EvaluationError("error", f"phase {phase!r}, the teacher of short_train, left no trained network in {weights.parent}")
+    return weights
+
+
+def _objective(teacher: Path | None, settings: ShortTrainSettings) -> Objective:
+    if teacher is None:
+        return Classification()
+    return Distillation(teacher, weight=settings.distillation_weight, temperature=settings.temperature)
 
 
 def write_predictions(path: Path, ids: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> None:
