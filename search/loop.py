@@ -57,6 +57,7 @@ class Measuring:
     data: str
     data_fingerprint: str
     workdir: Callable[[int], Path]
+    data_cache: Path | None = None
     earlier: Mapping[str, tuple[EarlierTrial, ...]] = field(default_factory=dict)
     resources: Resources = field(default_factory=Resources)
     time_limit_s: float | None = None
@@ -74,6 +75,7 @@ class Measuring:
             seed=candidate.recipe.seed if candidate.recipe else self.seed,
             data=self.data,
             data_fingerprint=self.data_fingerprint,
+            data_cache=self.data_cache,
             workdir=self.workdir(number),
             earlier=self.earlier,
             resources=self.resources.changed(candidate.settings.get(RESOURCES, {})),

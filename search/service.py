@@ -220,6 +220,7 @@ class _Opened:
             seed=settings.seed,
             data=settings.data,
             data_fingerprint=self.data_fingerprint,
+            data_cache=self.paths.data_hashes,
             workdir=lambda number: self.workdir(phase.name, number),
             earlier=earlier,
             resources=phase.trial_resources(settings),

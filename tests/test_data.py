@@ -338,3 +338,24 @@ def test_bad_sources_are_refused_in_one_line(folder, archive, tmp_path):
 def test_too_few_images_are_noticed_before_any_work(folder):
     with pytest.raises(ValueError, match="holds 13 image files, 16 are needed"):
         check_source(f"folder:{folder}", num_images=16)
+
+
+STREAMED_IN_A_FRESH_PROCESS = (
+    "\n".join(FRESH_PROCESS.splitlines()[:-1])
+    + """
+from workers.data import load_dataset
+dataset = load_dataset(f"folder:{root}", img_size=16, memory_mb=0, cache=Path(cache))
+train = {dataset.names[index] for index in dataset.train}
+print(sum(str(path).endswith(tuple(train)) for path in opened), len(train))
+"""
+)
+
+
+def test_a_streamed_set_takes_its_hashes_from_the_cache(bitmap_folder, tmp_path):
+    cache = tmp_path / "data-hashes"
+    command = [sys.executable, "-c", STREAMED_IN_A_FRESH_PROCESS, str(bitmap_folder), str(cache)]
+    (opened, num_train), (opened_again, _) = (
+        subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)
+    )
+    assert opened == num_train != "0"
+    assert opened_again == "0"

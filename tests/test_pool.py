@@ -78,10 +78,10 @@ def counting_load(marks: str):
     """`_load_dataset` that leaves a mark for every time that it runs; a closure, so that it travels to the workers by value."""
     load = pool_module._load_dataset
 
-    def counted(source: str, img_size: int) -> DataSet:
+    def counted(source: str, img_size: int, cache: Path | None) -> DataSet:
         with open(marks, "a") as file:
             file.write(f"{source} {img_size}\n")
-        return load(source, img_size)
+        return load(source, img_size, cache)
 
     return counted
 

@@ -166,8 +166,12 @@ def fingerprint(source: str, *, cache: Path | None = None) -> str:
     place = parse_source(source)
     if place.scheme == "digits":
         return source
-    name = hashlib.sha256(str(place).encode(errors="surrogateescape")).hexdigest()[:16]
-    return f"{place.scheme}-{list_images(place, place.stamp).fingerprint(cache and cache / f'{name}.json')}"
+    return f"{place.scheme}-{list_images(place, place.stamp).fingerprint(_hashes_of(place, cache))}"
+
+
+def _hashes_of(place: Source, cache: Path | None) -> Path | None:
+    """The file of the cache folder that holds the hashes of a source."""
+    return cache and cache / f"{hashlib.sha256(str(place).encode(errors='surrogateescape')).hexdigest()[:16]}.json"
 
 
 def load_images(source: str, *, img_size: int, num_images: int, seed: int) -> ImageSample:
@@ -204,21 +208,21 @@ def _load_images(source: Source, stamp: str, img_size: int, num_images: int, see
     return ImageSample(images=torch.stack(images), skipped=tuple(skipped), num_available=len(listing.names))
 
 
-def load_dataset(source: str, *, img_size: int, memory_mb: int = 2000) -> DataSet:
+def load_dataset(source: str, *, img_size: int, memory_mb: int = 2000, cache: Path | None = None) -> DataSet:
     """The data set of a source: official splits where it has them, else 70 % train, 10 % val, 20 % test of each class.
 
     It depends on the contents of the source alone. A process decodes a set of at most `memory_mb` at `img_size` once, and again when
-    a file has changed. A larger set is streamed: a process reads all its files once for their hashes, and decodes its val and test
-    images once to leave out the damaged. Without an official val, val is a tenth of train; without an official test,
+    a file has changed. A larger set is streamed: a process takes the hashes of its files from `cache`, as `fingerprint` does, or reads
+    them all once, and decodes its val and test images once to leave out the damaged. Without an official val, val is a tenth of train; without an official test,
     the official val is the test. Where the split is ours, identical images of a set in memory come into one part. Raises ValueError,
     saying why, if the set cannot be used: no images or labels, labels out of range, fewer than two classes, an empty part.
     """
     place = parse_source(source)
-    return _load_dataset(place, place.stamp, img_size, memory_mb)
+    return _load_dataset(place, place.stamp, img_size, memory_mb, _hashes_of(place, cache))
 
 
 @lru_cache(maxsize=2)
-def _load_dataset(source: Source, stamp: str, img_size: int, memory_mb: int) -> DataSet:
+def _load_dataset(source: Source, stamp: str, img_size: int, memory_mb: int, hashes: Path | None) -> DataSet:
     listing = list_images(source, stamp)
     where = f"data '{source}'"
     positions = np.flatnonzero([name is not None for name in listing.classes])
@@ -281,7 +285,7 @@ def _load_dataset(source: Source, stamp: str, img_size: int, memory_mb: int) -> 
         val=val,
         test=test,
         images=images,
-        digest=_digest(contents if images is not None else listing.fingerprint(), labels, parts),
+        digest=_digest(contents if images is not None else listing.fingerprint(hashes), labels, parts),
         skipped=skipped,
         warnings=tuple(warnings),
         names=names,

@@ -33,7 +33,8 @@ POISONED_DEVICE = ("illegal memory access", "device-side assert", "unspecified l
 class Job:
     """What a worker is sent: a candidate, how it is measured, and where its files go.
 
-    `data_fingerprint` stands for the contents behind `data` in the measurement's identity. `earlier` holds trials of earlier phases,
+    `data_fingerprint` stands for the contents behind `data` in the measurement's identity, and `data_cache` is the folder of the
+    hashes it was made from. `earlier` holds trials of earlier phases,
     best first. `continues` is the work directory of an earlier trial of the same training, which this one may go on from; it saves
     time and changes no number. `time_limit_s` is enforced by the pool, which can end a worker that hangs in native code.
     """
@@ -47,6 +48,7 @@ class Job:
     workdir: Path
     earlier: Mapping[str, tuple[EarlierTrial, ...]] = field(default_factory=dict)
     continues: Path | None = None
+    data_cache: Path | None = None
     num_threads: int = 1
     resources: Resources = field(default_factory=Resources)
     time_limit_s: float | None = None
@@ -124,7 +126,7 @@ def evaluate(job: Job, report: Report = report_nothing, dataset: DataSet | None 
         if not all(call.evaluator.is_free for call in job.calls):
             set_num_threads(job.num_threads)
         if dataset is None and job.needs_dataset:
-            dataset = load_dataset(job.data, img_size=job.candidate.model.img_size)
+            dataset = load_dataset(job.data, img_size=job.candidate.model.img_size, cache=job.data_cache)
         context = Context(
             seed=job.seed,
             data=job.data,

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from results.records import Failure, Outcome
@@ -169,7 +170,7 @@ class RayPool:
             return None
         source = job.data, job.candidate.model.img_size
         if source not in self._datasets:
-            self._datasets[source] = self._load.remote(*source)
+            self._datasets[source] = self._load.remote(*source, job.data_cache)
         return self._datasets[source]
 
     def _check_dataset(self, job: Job) -> None:
@@ -285,8 +286,8 @@ class _Mailbox:
         return letters
 
 
-def _load_dataset(source: str, img_size: int) -> DataSet:
-    return load_dataset(source, img_size=img_size)
+def _load_dataset(source: str, img_size: int, cache: Path | None) -> DataSet:
+    return load_dataset(source, img_size=img_size, cache=cache)
 
 
 def _run_job(job: Job, mailbox: Any, dataset: DataSet | None) -> Outcome:
