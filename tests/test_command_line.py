@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, run_command, run_here
 
-from search.run import main, parse_recipe, parse_study
+from search.arguments import parse_recipe, parse_study
+from search.run import main
 from search.studies.ablations import AblationOptions
 from space.recipe import Recipe
 

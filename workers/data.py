@@ -213,9 +213,10 @@ def load_dataset(source: str, *, img_size: int, memory_mb: int = 2000, cache: Pa
 
     It depends on the contents of the source alone. A process decodes a set of at most `memory_mb` at `img_size` once, and again when
     a file has changed. A larger set is streamed: a process takes the hashes of its files from `cache`, as `fingerprint` does, or reads
-    them all once, and decodes its val and test images once to leave out the damaged. Without an official val, val is a tenth of train; without an official test,
-    the official val is the test. Where the split is ours, identical images of a set in memory come into one part. Raises ValueError,
-    saying why, if the set cannot be used: no images or labels, labels out of range, fewer than two classes, an empty part.
+    them all once; it decodes the val and test images once to leave out the damaged. Without an official val, val is a tenth of train;
+    without an official test, the official val is the test. Where the split is ours, identical images of a set in memory come into one
+    part. Raises ValueError, saying why, if the set cannot be used: no images or labels, labels out of range, fewer than two classes,
+    an empty part.
     """
     place = parse_source(source)
     return _load_dataset(place, place.stamp, img_size, memory_mb, _hashes_of(place, cache))

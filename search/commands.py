@@ -1,0 +1,170 @@
+"""What the command line can do: list what there is, describe or evaluate one model, run a study."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from results.paths import RunPaths, without_password
+from search.arguments import add_measuring_flags, add_model, parse_recipe, parse_study, positive_int, ray_address, run_settings, runs_folder
+from search.interruption import Interruption
+from search.study import RunSettings, studies
+from space import catalog
+from space.component import KINDS, components
+from space.registry import SpecError, unknown_name
+
+
+def list_all(argv: list[str]) -> int:
+    argparse.ArgumentParser(prog="search/run.py list", description="What there is, one line each.").parse_args(argv)
+    from search.strategy import strategies
+    from workers.evaluator import evaluators
+    from workers.mixings import mixings
+
+    sections: dict[str, dict[str, str]] = {
+        "studies": {name: studies.summary(name) for name in studies.names()},
+        "models": {name: catalog.summary(name) for name in catalog.names()},
+        "components": {f"{kind} {name}": components.summary(kind, name) for kind in KINDS for name in components.names(kind)},
+        "evaluators": {name: evaluators.summary(name) for name in evaluators.names()},
+        "mixings": {name: mixings.summary(name) for name in mixings.names()},
+        "strategies": {name: strategies.summary(name) for name in strategies.names()},
+    }
+    for title, rows in sections.items():
+        print(f"{title}:")
+        for name, summary in rows.items():
+            print(f"  {name:28} {summary}")
+    return 0
+
+
+def describe(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="search/run.py describe", description="Exact counts of one model, for one image.")
+    add_model(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    args = parser.parse_args(argv)
+    from space.cost import cost, cost_by_part
+    from space.model import depth_of
+
+    spec = resolve_model(args.model, args)
+    total, parts = cost(spec), {path: counted._asdict() for path, counted in cost_by_part(spec).items()}
+    if args.json:
+        print(json.dumps({"digest": spec.digest, **total._asdict(), "parts": parts, "spec": spec.to_json()}))
+        return 0
+    print(f"digest {spec.digest}   {spec.img_size} px, depth {depth_of(spec)}, {spec.num_classes} classes")
+    print(f"{'part':40} {'params':>14} {'macs':>18} {'fvcore_macs':>18}")
+    for path, counted in {**parts, "total": total._asdict()}.items():
+        print(f"{path:40} {counted['params']:>14,} {counted['macs']:>18,} {counted['fvcore_macs']:>18,}")
+    return 0
+
+
+def evaluate_model(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="search/run.py evaluate", description="Measure one model now, without a study.")
+    add_model(parser)
+    parser.add_argument("--evaluators", required=True, metavar="A,B", help="names, separated by commas")
+    parser.add_argument("--recipe", default="", metavar="FIELD=VALUE,...", help="how it is trained: epochs=20,batch_size=64,mixing=cutmix")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="where weights and artifacts go; default: nowhere that lasts")
+    parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads (default 1); they decide a score's last bits")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_measuring_flags(parser)
+    args = parser.parse_args(argv)
+    from results.records import Failure
+    from space.search_space import Candidate
+    from workers.data import check_source
+    from workers.evaluate import Job, evaluate
+    from workers.resources import resources_of
+
+    settings = run_settings("evaluate", args)
+    calls = tuple(settings.call(name.strip()) for name in args.evaluators.split(","))
+    _refuse_settings_of_others(settings, [call.name for call in calls])
+    if any(call.evaluator.uses_data for call in calls):
+        check_source(args.data)
+    spec = resolve_model(args.model, args)
+    recipe = parse_recipe(args.recipe, args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(
+            trial=0,
+            candidate=Candidate(model=spec, recipe=recipe),
+            calls=calls,
+            seed=args.seed,
+            data=args.data,
+            # It is the name of a stored measurement, and this one is only shown: the bytes of the data need not be read for it.
+            data_fingerprint="",
+            workdir=args.workdir or Path(folder),
+            num_threads=args.threads,
+            resources=resources_of(calls, gpus=args.gpus),
+        )
+        outcome = evaluate(job)
+    if isinstance(outcome, Failure):
+        print(outcome.traceback, file=sys.stderr) if outcome.kind == "error" else None
+        print(f"failed ({outcome.kind}): {outcome.message}", file=sys.stderr)
+        return 1
+    for warning in outcome.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    result: dict[str, Any] = {
+        "digest": spec.digest,
+        "values": dict(outcome.values),
+        "elapsed_s": outcome.elapsed_s,
+        "device": outcome.device,
+        "versions": dict(outcome.versions),
+        "seed": outcome.seed,
+    }
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(f"digest {spec.digest}   {outcome.device}, seed {outcome.seed}, {outcome.elapsed_s:.1f} s")
+        for name, value in outcome.values.items():
+            print(f"  {name:32} {value:.6g}")
+    return 0
+
+
+def run_a_study(study: str, argv: list[str]) -> int:
+    settings, args = parse_study(study, argv)
+    interruption = Interruption()
+    interruption.install()
+    from search.service import PhaseStopped, run_study
+
+    try:
+        run_study(
+            settings,
+            fresh=args.fresh,
+            max_workers=args.workers,
+            ray_address=ray_address(args.ray_address),
+            command=_command(),
+            interruption=interruption,
+        )
+    except PhaseStopped as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def resolve_model(text: str, args: argparse.Namespace):
+    """The spec that `text` names: of the catalogue, a method's string, a file, or a leaderboard entry by its digest."""
+    if len(text) >= 6 and all(letter in "0123456789abcdef" for letter in text) and text not in catalog.names():
+        from results.mlflow_store import check_tracking, find_candidate
+        from space.model import model_from_json
+
+        uri = args.tracking_uri or RunPaths(runs_folder(args.runs)).mlflow_uri
+        check_tracking(uri)
+        candidate = find_candidate(uri, text)
+        if candidate is None:
+            raise SpecError(f"no leaderboard entry has the digest {text!r} in {uri}; --runs or --tracking-uri name another store")
+        return model_from_json(candidate["model"])
+    return catalog.resolve(text)
+
+
+def _refuse_settings_of_others(settings: RunSettings, names: list[str]) -> None:
+    for name in settings.evaluator_settings:
+        if name not in names:
+            raise unknown_name("evaluator", name, names, "--set")
+
+
+def _command() -> str:
+    return shlex.join(["search/run.py", *map(without_password, sys.argv[1:])])
+
+
+COMMANDS = {"list": list_all, "describe": describe, "evaluate": evaluate_model}
+"""What stands in the place of a study's name."""
