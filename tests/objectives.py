@@ -12,8 +12,6 @@ from workers.objectives import Classification, Objective
 class Permuting(Classification):
     """An MLP whose hidden units are sorted by importance before each epoch."""
 
-    identity = "permuting"
-
     @staticmethod
     def mlp(num_hidden):
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_hidden), nn.GELU(), nn.Linear(num_hidden, 10))
@@ -40,7 +38,6 @@ class Permuting(Classification):
 class Growing(Classification):
     """An MLP that gains four hidden units before each epoch but the first; new ones have outgoing weights of zero."""
 
-    identity = "growing"
     num_hidden = 8
 
     def start(self, setup):
@@ -83,7 +80,6 @@ class _WithHead(nn.Module):
 class AuxiliaryHead(Objective):
     """A second head on the pixels, whose weight in the loss fades as losses are counted: state of the objective's own."""
 
-    identity = "auxiliary head"
     num_losses = 0
 
     @staticmethod
@@ -126,7 +122,6 @@ class Subnets(Objective):
     Which two it trains is drawn once per step, for all processes; `by_epoch` trains the branch of the epoch's number instead.
     """
 
-    identity = "subnets"
     touches_all = False
 
     def __init__(self, *, by_epoch=False):

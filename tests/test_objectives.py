@@ -22,8 +22,8 @@ from workers.data import load_dataset
 from workers.evaluator import Context, EarlierTrial, EvaluationError
 from workers.evaluators.short_train import ShortTrainSettings, short_train
 from workers.learner import Learner, Origin
-from workers.objectives import Distillation, soft_target_loss
-from workers.training import train
+from workers.objectives import Classification, Distillation, soft_target_loss
+from workers.training import train, training_identity
 
 QUICK = Recipe(epochs=3, batch_size=256, lr=2e-3, warmup_epochs=1, flip=False)
 
@@ -64,6 +64,13 @@ def test_a_resumed_training_is_bit_identical_to_an_uninterrupted_one(tiny_vit, d
     whole = train(tiny_vit, recipe, digits, workdir=tmp_path / "whole", objective=objective())
     resumed = stopped_after_every_step(monkeypatch, objective, tiny_vit, recipe, digits, tmp_path / "resumed")
     assert bits(resumed.network) == bits(whole.network)
+
+
+def test_trainings_of_different_objectives_keep_their_checkpoints_apart(tiny_vit, digits):
+    plain, named = (training_identity(tiny_vit, QUICK, digits, objective) for objective in (None, Classification()))
+    assert plain == named
+    others = [training_identity(tiny_vit, QUICK, digits, objective()) for objective in (Permuting, Growing, AuxiliaryHead, Subnets)]
+    assert len({plain, *others}) == 5
 
 
 def learner_with_moments(recipe):

@@ -98,7 +98,7 @@ class Objective(ABC):
 
     @property
     def identity(self) -> Any:
-        """JSON of all that changes the training beside model, recipe and data; None for plain classification. Called before `start`."""
+        """JSON of what changes the training beside model, recipe, data and the name of the class. Called before `start`."""
         return None
 
     def start(self, setup: Setup) -> nn.Module:

@@ -109,7 +109,7 @@ def training_identity(model: Model, recipe: Recipe, dataset: DataSet, objective:
     if recipe.ema_decay:
         # Until November 2026 the average had no warm-up: a checkpoint of that time is of another training.
         identity.append({"ema_warmup": True})
-    if objective is not None and objective.identity is not None:
+    if objective is not None and type(objective) is not Classification:
         identity.append({"objective": [type(objective).__name__, objective.identity]})
     return digest_of(identity)
 
@@ -282,7 +282,7 @@ class _Run:
                 part_loss.backward()
             loss += part_loss.detach()
         if self.averages_gradients:
-            average_gradients(self.learner.module, process.world_size)
+            _average_gradients(self.learner.module, process.world_size)
         # A finite loss can have gradients that are not, and the weights are then lost with this step.
         norm = nn.utils.clip_grad_norm_(self.learner.module.parameters(), recipe.clip_grad_norm or math.inf)
         is_good = torch.isfinite(loss) & torch.isfinite(norm)
@@ -388,7 +388,7 @@ def precision(recipe: Recipe, device: str) -> str:
 
 
 @torch.no_grad()
-def average_gradients(module: nn.Module, num_processes: int) -> None:
+def _average_gradients(module: nn.Module, num_processes: int) -> None:
     """Replace each gradient by its mean over the processes, in which a process that has none counts as zero.
 
     Where no process has one it stays None. The number of processes that have one is read on the host, which waits for the device.
