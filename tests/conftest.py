@@ -19,12 +19,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("RAY_ADDRESS", None)
+# The arrays of tests are small, and two processes share two cores. Read when NumPy and torch are first imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Examples follow from the test alone: what has passed passes again, on a loaded machine too.
 settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("tests")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
@@ -43,12 +46,15 @@ def _group_for_parallel_run(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
+@pytest.fixture(scope="module")
+def one_thread():
     """Equal bits need an equal number of threads, and tiny networks run no faster on more."""
     import torch
 
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +75,7 @@ def tiny_vit():
 
 
 def run_command(
-    *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 300
+    *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """`search/run.py ARGS` in its own process, as a user would run it."""
     command = [sys.executable, str(REPOSITORY / "search" / "run.py"), *map(str, args)]
