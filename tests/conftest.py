@@ -27,23 +27,15 @@ settings.register_profile("tests", deadline=None, derandomize=True, print_blob=T
 settings.load_profile("tests")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
-    if hasattr(config, "workerinput"):
-        _group_for_parallel_run(items)
+    if hasattr(config, "workerinput"):  # of pytest-xdist: files are handed out in this order, and the longest should not come last
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
-
-
-def _group_for_parallel_run(items: list[pytest.Item]) -> None:
-    """The tests of a file share its fixtures and stay in one process; the slow ones take longest and start first."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{'_slow' if item.get_closest_marker('slow') else ''}"))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="module")
