@@ -6,8 +6,8 @@ INSTALLED = $(VENV)/installed
 # results/reports/ablations_cifar10_202611.md: four trials share a GPU
 CIFAR_FLAGS = --seeds 9 --epochs 30 --robustness --gpus 0.25
 
-# two processes, each with whole files of tests, the slow tests first
-IN_PARALLEL = -n 2 --dist loadgroup --no-loadscope-reorder
+# two processes, each with whole files of tests, the files with slow tests first
+IN_PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup search ablations smoke leaderboard mlflow check test lint bench gpu-check clean
 

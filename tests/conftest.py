@@ -21,6 +21,8 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("RAY_ADDRESS", None)
 # Workers of a cluster that a test starts import the tests' evaluators by name.
 os.environ["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"
+# The arrays of tests are small, and two processes share two cores. Read when NumPy and torch are first imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Examples follow from the test alone: what has passed passes again, on a loaded machine too.
 settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
@@ -30,27 +32,23 @@ settings.load_profile("tests")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
-    if hasattr(config, "workerinput"):
-        _group_for_parallel_run(items)
+    if hasattr(config, "workerinput"):  # of pytest-xdist: files are handed out in this order, and the longest should not come last
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 
-def _group_for_parallel_run(items: list[pytest.Item]) -> None:
-    """The tests of a file share its fixtures and stay in one process; the slow ones take longest and start first."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{'_slow' if item.get_closest_marker('slow') else ''}"))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
+@pytest.fixture(scope="module")
+def one_thread():
     """Equal bits need an equal number of threads, and tiny networks run no faster on more."""
     import torch
 
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +75,7 @@ def never_settled(monkeypatch: pytest.MonkeyPatch):
 
 
 def run_command(
-    *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 300
+    *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """`search/run.py ARGS` in its own process, as a user would run it."""
     command = [sys.executable, str(REPOSITORY / "search" / "run.py"), *map(str, args)]

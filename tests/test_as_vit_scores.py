@@ -206,7 +206,7 @@ def test_equal_calls_give_equal_bits_in_another_process_and_after_other_work():
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     elsewhere = {name: float.fromhex(text) for name, text in json.loads(run.stdout.splitlines()[-1]).items()}
     torch.manual_seed(99)
-    as_vit(net_spec(OTHER_TOPOLOGY, img_size=64), Context(seed=5), QUICK)
+    as_vit(net_spec(OTHER_TOPOLOGY), Context(seed=5), QUICK)
     assert as_vit(net_spec(), CONTEXT, QUICK) == elsewhere
     assert as_vit(net_spec(), CONTEXT, QUICK) == elsewhere
 
