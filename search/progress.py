@@ -1,12 +1,15 @@
-"""One line that says where a phase stands: rewritten in place on a terminal, printed now and then in a log."""
+"""Where a phase stands: the tally of its trials, and the line that shows it, rewritten on a terminal, repeated in a log."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
+
+from results.records import Metric
 
 REDRAW_S = 0.2
 LOG_EVERY_S = 10.0
@@ -29,6 +32,57 @@ class Status:
     best: str = ""
     running_share: float | None = None
     head_start: float = 0.0
+
+
+class Tally:
+    """Counts the trials of a phase, keeps its best values, and adds up what the running trials have done."""
+
+    def __init__(self, title: str, goals: Sequence[Metric]):
+        self.total: int | None = None
+        self._title, self._goals = title, tuple(goals)
+        self._counts: Counter[str] = Counter()
+        self._best: dict[str, float] = {}
+        self._shares: dict[int, float] = {}
+        self._head_starts: dict[int, float] = {}
+        self._adopted: set[int] = set()
+
+    @property
+    def complete(self) -> int:
+        return self._counts["COMPLETE"]
+
+    def count(self, state: str, values: Sequence[float] | None = None) -> None:
+        """Add a trial that ended in `state`, COMPLETE, FAIL or PRUNED, with the values of its objectives."""
+        self._counts[state] += 1
+        for metric, value in zip(self._goals, values or (), strict=False):
+            better = max if metric.goal == "maximize" else min
+            self._best[metric.name] = better(value, self._best.get(metric.name, value))
+
+    def note_adopted(self, number: int) -> None:
+        """The trial was begun by an earlier driver: the share it has done when it first reports is none of this one's work."""
+        self._adopted.add(number)
+
+    def note_share(self, number: int, share: float) -> None:
+        """A running trial has done this share of its work, from 0 to 1."""
+        if number in self._adopted:
+            self._head_starts.setdefault(number, share)
+        self._shares[number] = share
+
+    def forget_share(self, number: int) -> None:
+        """The trial no longer runs."""
+        self._shares.pop(number, None)
+
+    def status(self, *, running: int) -> Status:
+        return Status(
+            title=self._title,
+            complete=self.complete,
+            total=self.total,
+            running=running,
+            failed=self._counts["FAIL"],
+            pruned=self._counts["PRUNED"],
+            best=", ".join(f"{name} {value:.4g}" for name, value in self._best.items()),
+            running_share=sum(self._shares.values()) if self._shares else None,
+            head_start=sum(self._head_starts.values()),
+        )
 
 
 class Progress:
@@ -80,7 +134,7 @@ class Progress:
         share = "" if status.running_share is None else f" ({100 * status.running_share / max(status.running, 1):.0f} %)"
         counts = [f"{status.complete}{total} done", f"{status.running} running{share}"]
         counts += [f"{status.failed} failed"] if status.failed else []
-        counts += [f"{status.pruned} over budget"] if status.pruned else []
+        counts += [f"{status.pruned} outside the budget"] if status.pruned else []
         begun = status.running_share or 0.0
         elapsed, done = now - self._began_at, status.complete - self._began_complete + begun - status.head_start
         pace = []

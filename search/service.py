@@ -19,12 +19,14 @@ from results.text import print_results
 from search.archiving import Archiving
 from search.interruption import Interruption
 from search.lock import Hold, Lease, LockFile, StudyIsDriven
-from search.loop import Measuring, PhaseLoop, PhaseStopped, make_objective, needed_trials
+from search.loop import PhaseLoop
+from search.measuring import Measuring, needed_trials
+from search.objective import make_objective
 from search.progress import Progress
 from search.registration import register
 from search.storage import open_storage
 from search.strategy import strategies
-from search.study import IDENTITY_ATTRIBUTE, Phase, RunSettings, SettingsError, Study, open_phase, studies
+from search.study import IDENTITY_ATTRIBUTE, Phase, PhaseStopped, RunSettings, SettingsError, Study, open_phase, studies
 from space.registry import unknown_name
 from workers.data import check_source, fingerprint
 from workers.evaluate import subject_of

@@ -33,6 +33,10 @@ RESULT_ATTRIBUTE = "result"
 DESIGNS_ATTRIBUTE = "designs"
 
 
+class PhaseStopped(RuntimeError):
+    """The phase cannot go on by itself; the message says why. What was measured is kept."""
+
+
 class SettingsError(ValueError):
     """A run-level setting that cannot work, or that differs from what the study was created with."""
 

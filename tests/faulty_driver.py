@@ -13,7 +13,7 @@ from typing import Any
 
 import faulty  # noqa: F401  registers the study and its evaluator
 
-import search.loop
+import search.measuring
 from results.mlflow_store import MlflowTracker
 from search.run import main
 
@@ -35,7 +35,7 @@ def die_after(count: int, function: Callable[..., Any]) -> Callable[..., Any]:
 if __name__ == "__main__":
     write, _, count = os.environ.get("KILL_AFTER", "").partition(":")
     if write == "outcome":
-        search.loop.write_json_atomically = die_after(int(count), search.loop.write_json_atomically)
+        search.measuring.write_json_atomically = die_after(int(count), search.measuring.write_json_atomically)
     elif write == "mlflow":
         MlflowTracker.record = die_after(int(count), MlflowTracker.record)
     sys.exit(main(sys.argv[1:]))

@@ -16,10 +16,11 @@ from optuna.trial import TrialState
 from results.records import Failure, Outcome
 from results.tracking import NullTracker, TrialRecord
 from search.budget import Budget
-from search.loop import MAX_FAILURES_IN_A_ROW, Measuring, PhaseLoop, PhaseStopped, needed_trials
+from search.loop import MAX_FAILURES_IN_A_ROW, PhaseLoop
+from search.measuring import Measuring, needed_trials
 from search.progress import Progress, Status
 from search.strategies.grid import Grid
-from search.study import Phase, RunSettings
+from search.study import Phase, PhaseStopped, RunSettings
 from space.recipe import Recipe
 from space.registry import SpecError
 from space.search_space import Axis, Candidate, SearchSpace
@@ -389,12 +390,12 @@ def test_what_was_measured_on_another_backbone_is_not_reused(tmp_path: Path):
     measuring = Measuring(seed=0, data="digits", data_fingerprint="digits", workdir=lambda number: tmp_path)
     candidate = Candidate(model=faulty.classifier(3))
     keys = {
-        dataclasses.replace(measuring, earlier=earlier).job(0, candidate, phase).key
+        dataclasses.replace(measuring, earlier=earlier).job(0, candidate, phase.evaluators).key
         for earlier in ({}, backbones("one"), backbones("other"), backbones("one", "other"))
     }
     assert len(keys) == 4
     moved = dataclasses.replace(measuring, earlier=backbones("one", folder="moved"))
-    assert moved.job(0, candidate, phase).key in keys
+    assert moved.job(0, candidate, phase.evaluators).key in keys
 
 
 def stopping_space(*stops: int) -> SearchSpace:
@@ -421,7 +422,7 @@ def test_settings_of_a_trial_are_part_of_its_identity_its_json_and_what_the_eval
     # A run-level setting of the same value is the same measurement.
     measuring = Measuring(seed=0, data="digits", data_fingerprint="digits", workdir=lambda number: tmp_path)
     whole = make_phase(faulty.FaultySettings(work_s=0.005))
-    assert measuring.job(0, Candidate(model=faulty.classifier(3)), whole).key in {each["key"] for each in stored}
+    assert measuring.job(0, Candidate(model=faulty.classifier(3)), whole.evaluators).key in {each["key"] for each in stored}
 
 
 @pytest.mark.parametrize(
@@ -514,7 +515,7 @@ def test_the_key_of_a_recipe_with_a_moving_average_changed_with_its_meaning_and_
     trained = make_phase(evaluators=(Call("short_train", ShortTrainSettings()),), objectives=("val_top1_pct",))
 
     def key(**changes: Any) -> str:
-        return measuring.job(0, Candidate(model=faulty.classifier(3), recipe=Recipe(epochs=3, **changes)), trained).key
+        return measuring.job(0, Candidate(model=faulty.classifier(3), recipe=Recipe(epochs=3, **changes)), trained.evaluators).key
 
     assert key() == KEY_BEFORE
     assert key(ema_decay=0.9) != KEY_BEFORE_WITH_AVERAGE

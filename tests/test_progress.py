@@ -37,7 +37,7 @@ def test_a_terminal_gets_one_line_rewritten():
     progress.show(status(1, failed=3, pruned=2))
     now[0] = 1.0
     progress.show(status(10, running=0), final=True)
-    assert "3 failed, 2 over budget" in stream.getvalue()
+    assert "3 failed, 2 outside the budget" in stream.getvalue()
     assert stream.getvalue().count("\n") == 1
 
 

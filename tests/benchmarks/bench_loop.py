@@ -20,12 +20,13 @@ from typing import Any
 import optuna
 from machine import machine
 
-import search.loop
+import search.measuring
 from results.mlflow_store import MlflowTracker
 from results.paths import RunPaths
 from results.records import Metric
 from search.lock import LockFile
-from search.loop import Measuring, PhaseLoop
+from search.loop import PhaseLoop
+from search.measuring import Measuring
 from search.progress import Progress
 from search.storage import open_storage
 from search.study import Phase, make_sampler
@@ -115,7 +116,7 @@ def run(folder: Path, num_trials: int) -> Stopwatch:
     watch.wrap(study, "tell", "Optuna: tell")
     watch.wrap(tracker, "open", "MLflow: open the run")
     watch.wrap(tracker, "record", "MLflow: metrics and close")
-    watch.wrap(search.loop, "write_json_atomically", "outcome file")
+    watch.wrap(search.measuring, "write_json_atomically", "outcome file")
     PhaseLoop(
         study_name="bench",
         phase=phase,
