@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import results
-from space import as_vit, autoformer
 from space.catalog import resolve
 from space.cost import cost
+from space.families import as_vit, autoformer
 from space.fvcore_count import fvcore_macs
 from space.vit import build
 
