@@ -14,7 +14,7 @@ from search.study import Phase, PhaseStopped
 from space.registry import unknown_name
 from space.search_space import Candidate
 from workers.evaluate import Job, Stop
-from workers.evaluator import Call, EarlierTrial
+from workers.evaluator import Call, EarlierTrial, evaluators
 from workers.resources import RESOURCES, Resources
 
 if TYPE_CHECKING:
@@ -39,13 +39,14 @@ class Measuring:
     def job(self, number: int, candidate: Candidate, calls: Sequence[Call]) -> Job:
         """The job of a trial; raises SpecError for settings of the candidate that none of the calls has."""
         known = [call.name for call in calls]
-        for name in candidate.settings:
+        settings = {evaluators.todays_name(name): chosen for name, chosen in candidate.settings.items()}
+        for name in settings:
             if name not in (*known, RESOURCES):
                 raise unknown_name("evaluator", name, [*known, RESOURCES], "the candidate's settings")
         return Job(
             trial=number,
             candidate=candidate,
-            calls=tuple(call.changed(candidate.settings.get(call.name, {})) for call in calls),
+            calls=tuple(call.changed(settings.get(call.name, {})) for call in calls),
             # A recipe has the seed of its training; seeds are then part of a design, not a setting of the run.
             seed=candidate.recipe.seed if candidate.recipe else self.seed,
             data=self.data,
@@ -53,7 +54,7 @@ class Measuring:
             data_cache=self.data_cache,
             workdir=self.workdir(number),
             earlier=self.earlier,
-            resources=self.resources.changed(candidate.settings.get(RESOURCES, {})),
+            resources=self.resources.changed(settings.get(RESOURCES, {})),
             time_limit_s=self.time_limit_s,
         )
 

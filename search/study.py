@@ -69,6 +69,10 @@ class RunSettings:
     tracking_uri: str | None = None
     options: Any = None
 
+    def __post_init__(self) -> None:
+        settings = {evaluators.todays_name(name): chosen for name, chosen in self.evaluator_settings.items()}
+        object.__setattr__(self, "evaluator_settings", settings)
+
     @property
     def study_name(self) -> str:
         return self.name or self.study

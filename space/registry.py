@@ -15,7 +15,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,11 +46,16 @@ class IndexEntry:
 
 
 class Registry(Generic[T]):
-    """Parts registered by `decorator` in the modules of `package`, keyed by the decorator's leading string arguments."""
+    """Parts registered by `decorator` in the modules of `package`, keyed by the decorator's leading string arguments.
 
-    def __init__(self, decorator: str, package: str):
+    `renamed` holds names that parts once had, `{stored name: today's name}`: users may go on using them, and what is stored goes on
+    holding them.
+    """
+
+    def __init__(self, decorator: str, package: str, renamed: Mapping[str, str] | None = None):
         self._decorator = decorator
         self._package = package
+        self._renamed = dict(renamed or {})
         self._parts: dict[tuple[str, ...], T] = {}
 
     @cached_property
@@ -75,6 +80,14 @@ class Registry(Generic[T]):
         keys = self._index.keys() | self._parts.keys()
         return tuple(sorted(key[-1] for key in keys if key[:-1] == prefix))
 
+    def todays_name(self, name: str) -> str:
+        """The name that a part has now."""
+        return self._renamed.get(name, name)
+
+    def stored_name(self, name: str) -> str:
+        """The name under which a part stands in what is stored: the first it had."""
+        return next((stored for stored, today in self._renamed.items() if today == name), name)
+
     def summary(self, *key: str) -> str:
         """The first line of the part's docstring, without importing it."""
         if key in self._index:
@@ -86,6 +99,7 @@ class Registry(Generic[T]):
 
         Raises SpecError with the nearest names if there is none; `where` says where the name stood.
         """
+        key = (*key[:-1], self.todays_name(key[-1]))
         if key not in self._parts and key in self._index:
             importlib.import_module(self._index[key].module)
         if key not in self._parts:

@@ -25,7 +25,7 @@ from space.families.as_vit import TOPOLOGY_AXES, growth_space, topology_space
 from space.families.autoformer import autoformer_space
 from space.registry import SpecError
 from space.search_space import Axis, Candidate, SearchSpace
-from workers.evaluators import proxies
+from workers.evaluators import costs
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -50,7 +50,7 @@ def window(space: SearchSpace) -> Budget:
     ("bounds", "words"),
     [
         ({"at_most": {"gmac": 1}}, r"unknown metric 'gmac' in --max gmac=1; did you mean 'gmacs'\? known: .*depth, gmacs"),
-        ({"at_least": {"val_nll": 2}}, r"--min val_nll=2: val_nll is known only after measuring \(evaluator .*short_train\); .*params_m"),
+        ({"at_least": {"val_nll": 2}}, r"--min val_nll=2: val_nll is known only after measuring \(evaluator .*train\); .*params_m"),
         ({"at_most": {"depth": math.nan}}, "--max depth=nan: a finite number"),
         ({"at_most": {"gmacs": 1}, "at_least": {"gmacs": 1.5}}, "--max gmacs=1 is below --min gmacs=1.5"),
     ],
@@ -68,7 +68,7 @@ def test_what_is_free_is_what_free_evaluators_measure():
 def test_constraints_have_the_names_that_are_stored_and_say_how_far_beyond_a_bound_a_network_is():
     candidate = TINY.decode({**next(TINY.points()), "depth": 3})
     budget = Budget(at_most={"params_m": 1.0, "depth": 2}, at_least={"depth": 2, "gmacs": 0.0})
-    counted = proxies.counts(candidate.model)
+    counted = costs.counts(candidate.model)
     assert budget.excess(candidate) == {
         "max_params_m": counted.params / 1e6 - 1.0,
         "max_depth": 1,
@@ -83,15 +83,15 @@ def test_constraints_have_the_names_that_are_stored_and_say_how_far_beyond_a_bou
 def test_a_metric_of_the_proxy_is_that_of_the_proxy():
     candidate = TOPOLOGIES.decode(next(TOPOLOGIES.points()))
     assert candidate.proxy is not None
-    of_proxy = proxies.length_distortion_closed_form(candidate.proxy, num_angles=1)
-    assert of_proxy != proxies.length_distortion_closed_form(candidate.model, num_angles=1)
+    of_proxy = costs.length_distortion_closed_form(candidate.proxy, num_angles=1)
+    assert of_proxy != costs.length_distortion_closed_form(candidate.model, num_angles=1)
     assert Budget(at_most={"closed_form": 1.0}).values(candidate) == {"closed_form": of_proxy}
 
 
 def test_a_network_is_counted_once_however_many_bounds_there_are(monkeypatch: pytest.MonkeyPatch):
     counted = []
-    count = proxies.counts
-    monkeypatch.setattr(proxies, "counts", lambda model: counted.append(model) or count(model))
+    count = costs.counts
+    monkeypatch.setattr(costs, "counts", lambda model: counted.append(model) or count(model))
     budget = Budget(at_most={"params_m": 1.0, "gmacs": 1.0, "depth": 9}, at_least={"gmacs": 0.0})
     budget.excess(TINY.decode(next(TINY.points())))
     assert len(counted) == 1
@@ -258,7 +258,7 @@ def grow(reported: Budget) -> tuple[list[float], str]:
             study.enqueue_trial(dict(point))
             trial = study.ask()
             study.tell(trial, space.suggest(trial)["proxy_embed_dim"])
-    sizes = [proxies.counts(space.decode(trial.params).model).params / 1e6 for trial in growth.family(study)]
+    sizes = [costs.counts(space.decode(trial.params).model).params / 1e6 for trial in growth.family(study)]
     return sizes, growth.ended
 
 

@@ -117,8 +117,8 @@ MISTAKES = {
     "option that is no number": (["ablations", "--seeds", "many"], "--seeds: 'many' is not a whole number"),
     "options of another study": (["smoke", "--seeds", "3"], "unrecognized arguments: --seeds 3"),
     "flag without meaning": (["ablations", "--trials", "3"], "--trials means nothing here"),
-    "recipe of no field": (["evaluate", "vit_digits", "--evaluators", "short_train", "--recipe", "epoch=1"], "did you mean 'epochs'"),
-    "recipe of no number": (["evaluate", "vit_digits", "--evaluators", "short_train", "--recipe", "epochs=x"], "a number is expected"),
+    "recipe of no field": (["evaluate", "vit_digits", "--evaluators", "train", "--recipe", "epoch=1"], "did you mean 'epochs'"),
+    "recipe of no number": (["evaluate", "vit_digits", "--evaluators", "train", "--recipe", "epochs=x"], "a number is expected"),
     "unknown digest": (["describe", "0123456789abcdef"], "no leaderboard entry has the digest '0123456789abcdef'"),
 }
 
@@ -164,7 +164,7 @@ def test_a_recipe_is_read_field_by_field():
 
 @pytest.mark.slow
 def test_evaluate_trains_one_model_with_a_recipe(tmp_path: Path):
-    flags = ["--evaluators", "short_train", "--recipe", "epochs=1,batch_size=256,flip=false", "--workdir", tmp_path / "out", "--json"]
+    flags = ["--evaluators", "train", "--recipe", "epochs=1,batch_size=256,flip=false", "--workdir", tmp_path / "out", "--json"]
     done = run_command("evaluate", "vit_digits", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 0 <= json.loads(done.stdout)["values"]["test_top1_pct"] <= 100

@@ -34,7 +34,7 @@ def job(processes):
         trial=processes,
         candidate=Candidate(model=resolve("vit_digits"), recipe=recipe),
         calls=tuple(Call(name, evaluators.get(name).parse_settings(settings)) for name, settings in {
-            "short_train": {"checkpoint_every_s": "0"},
+            "train": {"checkpoint_every_s": "0"},
             "robustness": {"max_images": "20"},
             "cost": {},
         }.items()),

@@ -131,7 +131,7 @@ def test_every_evaluator_says_what_it_measures(each):
 )
 def test_what_can_never_be_measured_is_refused_before_the_training(tmp_path, settings, recipe, words):
     """Robustness comes last and its grids are still looked at first."""
-    chosen = {"short_train": {}, "robustness": settings}
+    chosen = {"train": {}, "robustness": settings}
     calls = tuple(Call(name, evaluators.get(name).parse_settings(given)) for name, given in chosen.items())
     job = Job(
         trial=0,
@@ -150,8 +150,8 @@ def test_what_can_never_be_measured_is_refused_before_the_training(tmp_path, set
 
 
 def test_settings_that_change_no_number_are_no_part_of_a_measurement():
-    usual, patient = (evaluators.get("short_train").parse_settings(given) for given in ({}, {"checkpoint_every_s": "600"}))
-    assert Call("short_train", usual).digest == Call("short_train", patient).digest
+    usual, patient = (evaluators.get("train").parse_settings(given) for given in ({}, {"checkpoint_every_s": "600"}))
+    assert Call("train", usual).digest == Call("train", patient).digest
 
 
 def test_cost_is_the_analytic_count(run):

@@ -17,7 +17,7 @@ from workers.checkpoints import load_model, save_model
 from workers.data import load_dataset
 from workers.evaluator import Context, EarlierTrial, EvaluationError, evaluators
 from workers.evaluators.linear_probe import LinearProbeSettings, cached_tokens, linear_probe
-from workers.evaluators.short_train import ShortTrainSettings, short_train
+from workers.evaluators.train import TrainSettings, train_network
 from workers.inference import mean_nll, predict, top1_pct
 
 POOLINGS = {
@@ -58,7 +58,7 @@ def backbone(dataset, tmp_path_factory):
     """The folder of a trained backbone that pools by the mean, and what its training measured."""
     folder = tmp_path_factory.mktemp("backbone")
     recipe = Recipe(epochs=12, batch_size=64, lr=5e-3, warmup_epochs=1, label_smoothing=0.0, crop="none", flip=False)
-    return folder, short_train(vit(), Context(seed=0, dataset=dataset, recipe=recipe, workdir=folder), ShortTrainSettings())
+    return folder, train_network(vit(), Context(seed=0, dataset=dataset, recipe=recipe, workdir=folder), TrainSettings())
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from space.search_space import Axis, Candidate, SearchSpace
 from workers.evaluate import Job
 from workers.evaluator import Call, EarlierTrial, evaluators
 from workers.evaluators.profile import ProfileSettings
-from workers.evaluators.short_train import ShortTrainSettings
+from workers.evaluators.train import TrainSettings
 from workers.pool import Event, Finished, SerialPool
 from workers.resources import Resources
 
@@ -489,7 +489,7 @@ def test_two_evaluators_of_a_phase_cannot_give_one_name_to_two_values():
         make_phase(evaluators=twice, objectives=("latency_ms",))
     assert "'batch_size': 8" in str(refused.value)
     with pytest.raises(SpecError, match="phase 'search': val_top1_pct, test_top1_pct, test_nll would be measured twice"):
-        make_phase(evaluators=(Call("short_train"), Call("linear_probe")), objectives=("val_top1_pct",))
+        make_phase(evaluators=(Call("train"), Call("linear_probe")), objectives=("val_top1_pct",))
 
 
 def test_two_evaluators_may_state_the_same_quantity():
@@ -507,12 +507,12 @@ def test_resources_are_a_phases_own(tmp_path: Path):
     assert make_phase(resources=Resources(cpus=2)).trial_resources(run_settings) == Resources(cpus=2)
 
 
-RESOURCE_CASES = {"cost": "params_m", "robustness": "permutation_auc_pct", "short_train": "val_top1_pct"}
+RESOURCE_CASES = {"cost": "params_m", "robustness": "permutation_auc_pct", "train": "val_top1_pct"}
 
 
 def test_the_key_of_a_recipe_with_a_moving_average_changed_with_its_meaning_and_no_other(tmp_path: Path):
     measuring = Measuring(seed=0, data="digits", data_fingerprint="digits", workdir=lambda number: tmp_path)
-    trained = make_phase(evaluators=(Call("short_train", ShortTrainSettings()),), objectives=("val_top1_pct",))
+    trained = make_phase(evaluators=(Call("train", TrainSettings()),), objectives=("val_top1_pct",))
 
     def key(**changes: Any) -> str:
         return measuring.job(0, Candidate(model=faulty.classifier(3), recipe=Recipe(epochs=3, **changes)), trained.evaluators).key
@@ -524,3 +524,18 @@ def test_the_key_of_a_recipe_with_a_moving_average_changed_with_its_meaning_and_
 KEY_BEFORE = "7568ea54d8ed43e4"
 KEY_BEFORE_WITH_AVERAGE = "08a2a38700a1c793"
 """Of the same jobs when a moving average had no warm-up, at commit 3afb312."""
+
+
+def test_a_renamed_evaluator_is_known_by_its_old_name_and_stored_under_it(tmp_path: Path):
+    measuring = Measuring(seed=0, data="digits", data_fingerprint="digits", workdir=lambda number: tmp_path)
+    keys = set()
+    for name in ("train", "short_train"):
+        run_settings = RunSettings(study="s", runs=tmp_path, evaluator_settings={name: {"stop_after": "2"}})
+        assert run_settings.call("train").settings.stop_after == 2
+        candidate = Candidate(model=faulty.classifier(3), recipe=Recipe(epochs=9), settings={name: {"stop_after": 3}})
+        job = measuring.job(0, candidate, (Call(name, TrainSettings()),))
+        assert job.calls[0].settings.stop_after == 3
+        assert job.calls[0].to_json()["name"] == "short_train"
+        keys.add(job.key)
+    assert len(keys) == 1
+    assert "short_train" not in evaluators.names()

@@ -20,7 +20,7 @@ from workers import training as training_module
 from workers.checkpoints import latest_checkpoint, save_model
 from workers.data import load_dataset
 from workers.evaluator import Context, EarlierTrial, EvaluationError
-from workers.evaluators.short_train import ShortTrainSettings, short_train
+from workers.evaluators.train import TrainSettings, train_network
 from workers.learner import Learner, Origin
 from workers.objectives import Classification, Distillation, soft_target_loss
 from workers.training import train, training_identity
@@ -260,14 +260,14 @@ def teacher(tiny_vit, digits, tmp_path_factory):
     """The work directory of a teacher that knows the digits better than a student learns them in an epoch."""
     folder = tmp_path_factory.mktemp("teacher")
     recipe = Recipe(epochs=12, batch_size=64, lr=1e-2, warmup_epochs=1, flip=False, crop="none")
-    short_train(tiny_vit, Context(seed=0, dataset=digits, recipe=recipe, workdir=folder), ShortTrainSettings())
+    train_network(tiny_vit, Context(seed=0, dataset=digits, recipe=recipe, workdir=folder), TrainSettings())
     return folder
 
 
 def values_of(student, digits, workdir, recipe=QUICK, earlier=None, **settings):
     trials = {phase: (EarlierTrial(number=0, workdir=folder, key=""),) for phase, folder in (earlier or {}).items()}
     context = Context(seed=0, dataset=digits, recipe=recipe, workdir=workdir, earlier=trials)
-    return short_train(student, context, ShortTrainSettings(**settings))
+    return train_network(student, context, TrainSettings(**settings))
 
 
 def test_a_student_comes_closer_to_its_teacher_than_one_without(tiny_vit, digits, tmp_path, teacher):
@@ -313,7 +313,7 @@ def test_a_teacher_that_does_not_fit_is_refused(tiny_vit, digits, tmp_path):
     save_model(tmp_path / "model.pt", build_model(seven, seed=0), seven)
     with pytest.raises(SpecError, match="has num_classes 7, the network 10"):
         train(tiny_vit, QUICK, digits, workdir=tmp_path, objective=Distillation(tmp_path / "model.pt", weight=0.5, temperature=1.0))
-    with pytest.raises(EvaluationError, match="phase 'teachers', the teacher of short_train, left no trained network"):
+    with pytest.raises(EvaluationError, match="phase 'teachers', the teacher of train, left no trained network"):
         values_of(tiny_vit, digits, tmp_path / "student", teacher="teachers", earlier={"teachers": tmp_path / "nothing"})
     with pytest.raises(SpecError, match="unknown earlier phase 'teachers'"):
         values_of(tiny_vit, digits, tmp_path / "student", teacher="teachers")
@@ -329,4 +329,4 @@ def test_a_teacher_that_does_not_fit_is_refused(tiny_vit, digits, tmp_path):
 )
 def test_settings_of_a_distillation_out_of_range_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        ShortTrainSettings(**settings)
+        TrainSettings(**settings)

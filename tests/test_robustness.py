@@ -19,7 +19,7 @@ from workers.corruptions import cell_counts, other_class_partners, random_orders
 from workers.data import IMAGENET_MEAN, IMAGENET_STD, load_dataset
 from workers.evaluator import Context, EvaluationError
 from workers.evaluators.robustness import RobustnessSettings, robustness
-from workers.evaluators.short_train import ShortTrainSettings, short_train
+from workers.evaluators.train import TrainSettings, train_network
 
 CURVES = {"patch_mix_coarse": 6, "patch_mix_fine": 6, "patch_drop": 5, "permutation": 4}
 
@@ -55,7 +55,7 @@ def trained(dataset, tmp_path_factory):
         workdir=tmp_path_factory.mktemp("trial"),
         report=lambda name, value, step: reported.setdefault(name, []).append((step, value)),
     )
-    values = {**short_train(vit(), context, ShortTrainSettings()), **robustness(vit(), context, RobustnessSettings())}
+    values = {**train_network(vit(), context, TrainSettings()), **robustness(vit(), context, RobustnessSettings())}
     return context, values, reported
 
 
@@ -167,7 +167,7 @@ def test_a_network_without_positions_does_not_notice_that_its_patches_are_shuffl
 
 
 def test_without_a_trained_network_it_says_what_to_put_before_it(dataset, tmp_path):
-    with pytest.raises(EvaluationError, match="--evaluators short_train,robustness"):
+    with pytest.raises(EvaluationError, match="--evaluators train,robustness"):
         robustness(vit(), Context(seed=0, dataset=dataset, workdir=tmp_path), RobustnessSettings())
 
 

@@ -24,7 +24,7 @@ from space.timm_spec import TimmSpec
 from workers import training as training_module
 from workers.data import load_dataset
 from workers.evaluator import Context, EvaluationError, evaluators
-from workers.evaluators.short_train import ShortTrainSettings, short_train
+from workers.evaluators.train import TrainSettings, train_network
 from workers.inference import predict, top1_pct
 from workers.learner import make_optimizer, make_schedule
 from workers.training import train
@@ -339,11 +339,11 @@ def test_what_does_not_fit_is_refused_before_the_training(tiny_vit, digits, tmp_
         train(replace(tiny_vit, **change), recipe, digits, workdir=tmp_path)
 
 
-def test_short_train_judges_the_network_it_stores_and_is_not_repeated(tiny_vit, digits, tmp_path):
+def test_evaluator_train_judges_the_network_it_stores_and_is_not_repeated(tiny_vit, digits, tmp_path):
     from workers.checkpoints import load_model
 
     context = Context(seed=0, dataset=digits, recipe=QUICK, workdir=tmp_path)
-    values = short_train(tiny_vit, context, ShortTrainSettings())
+    values = train_network(tiny_vit, context, TrainSettings())
     network, _ = load_model(tmp_path / "model.pt")
     stored = np.load(tmp_path / "artifacts" / "predictions.npz")
     assert stored["ids"].tolist() == digits.test.tolist()
@@ -351,13 +351,13 @@ def test_short_train_judges_the_network_it_stores_and_is_not_repeated(tiny_vit, 
     assert values["test_top1_pct"] == top1_pct(stored["logits"], stored["labels"])
     assert not list(tmp_path.glob("checkpoints-*"))
     (tmp_path / "artifacts" / "predictions.npz").unlink()
-    assert short_train(tiny_vit, context, ShortTrainSettings()) == values
+    assert train_network(tiny_vit, context, TrainSettings()) == values
     assert not (tmp_path / "artifacts" / "predictions.npz").exists(), "it was trained again"
 
 
-def test_short_train_without_a_recipe_says_what_is_missing(tiny_vit, digits, tmp_path):
+def test_evaluator_train_without_a_recipe_says_what_is_missing(tiny_vit, digits, tmp_path):
     with pytest.raises(SpecError, match="--recipe"):
-        short_train(tiny_vit, Context(seed=0, dataset=digits, workdir=tmp_path), evaluators.get("short_train").parse_settings({}))
+        train_network(tiny_vit, Context(seed=0, dataset=digits, workdir=tmp_path), evaluators.get("train").parse_settings({}))
 
 
 STOPPED = replace(QUICK, epochs=4, ema_decay=0.9, mixing="mixpro", drop_path=0.1)
@@ -365,7 +365,7 @@ STOPPED = replace(QUICK, epochs=4, ema_decay=0.9, mixing="mixpro", drop_path=0.1
 
 def values_of(model, dataset, workdir, stop_after, continues=None, *, recipe=STOPPED, warn=pytest.fail):
     context = Context(seed=0, dataset=dataset, recipe=recipe, workdir=workdir, continues=continues, warn=warn)
-    return short_train(model, context, ShortTrainSettings(stop_after=stop_after))
+    return train_network(model, context, TrainSettings(stop_after=stop_after))
 
 
 def files_of(folder) -> dict[str, tuple[bytes, int]]:
@@ -443,9 +443,9 @@ def test_a_training_stopped_elsewhere_is_not_taken_for_finished(tiny_vit, digits
 
 @pytest.mark.parametrize("stop_after", [-1, 5])
 def test_a_stop_outside_the_training_is_refused(tiny_vit, digits, tmp_path, stop_after):
-    short = evaluators.get("short_train")
+    short = evaluators.get("train")
     with pytest.raises(SpecError, match=f"stop_after is {stop_after}; the recipe has 4 epochs, so allowed are 1 to 4"):
-        short.check(tiny_vit, STOPPED, ShortTrainSettings(stop_after=stop_after))
+        short.check(tiny_vit, STOPPED, TrainSettings(stop_after=stop_after))
 
 
 def test_the_average_of_a_short_training_is_of_its_end(tiny_vit, digits, tmp_path):

@@ -22,7 +22,7 @@ from space.search_space import Candidate
 from space.spec import digest_of
 from workers.data import DataSet, load_dataset
 from workers.distributed import in_one_task, set_num_threads
-from workers.evaluator import Call, Context, EarlierTrial, EvaluationError, Report, failure_kind, report_nothing
+from workers.evaluator import Call, Context, EarlierTrial, EvaluationError, Report, evaluators, failure_kind, report_nothing
 from workers.resources import Resources
 
 POISONED_DEVICE = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
@@ -60,7 +60,7 @@ class Job:
     @cached_property
     def key(self) -> str:
         """The identity of the measurement: equal keys would give equal values."""
-        subjects = [(call.evaluator.name, call.digest, subject_of(call, self.candidate).digest) for call in self.calls]
+        subjects = [(evaluators.stored_name(call.name), call.digest, subject_of(call, self.candidate).digest) for call in self.calls]
         data = self.data_fingerprint if any(call.evaluator.uses_data for call in self.calls) else ""
         identity: list[Any] = [self.candidate.model.digest, subjects, data, self.seed, self.num_threads, self.resources.gpus > 0]
         if (recipe := self.candidate.recipe) is not None:

@@ -159,7 +159,7 @@ class Evaluator:
             raise SpecError(f"evaluator {self.name!r}: {error}") from error
 
 
-evaluators: Registry[Evaluator] = Registry("evaluator", package="workers.evaluators")
+evaluators: Registry[Evaluator] = Registry("evaluator", package="workers.evaluators", renamed={"short_train": "train"})
 
 
 def evaluator(name: str, **declared: Any) -> Callable[[Function], Function]:
@@ -179,6 +179,9 @@ class Call:
     name: str
     settings: Any = field(default_factory=NoSettings)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", evaluators.todays_name(self.name))
+
     @property
     def evaluator(self) -> Evaluator:
         return evaluators.get(self.name)
@@ -192,7 +195,7 @@ class Call:
         values = {
             each.name: getattr(self.settings, each.name) for each in dataclasses.fields(self.settings) if _is_told(each, self.settings)
         }
-        return {"name": self.name, "settings": values}
+        return {"name": evaluators.stored_name(self.name), "settings": values}
 
     @property
     def digest(self) -> str:

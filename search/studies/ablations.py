@@ -142,7 +142,7 @@ def ablations(run: RunSettings) -> Study:
         Phase(
             name="train",
             space=space,
-            evaluators=(run.call("short_train"), *robustness),
+            evaluators=(run.call("train"), *robustness),
             objectives=("val_top1_pct",),
             propose=_grid(cells(levels, seeds)),
         )
@@ -334,7 +334,7 @@ def _probe_phases(run: RunSettings, reference: Candidate, points: Sequence[Mappi
             axes=(Axis(name="seed", choices=range(MAX_SEED)),),
             decode=lambda params: replace(reference, recipe=replace(recipe, seed=params["seed"])),
         ),
-        evaluators=(run.call("short_train"),),
+        evaluators=(run.call("train"),),
         objectives=("val_top1_pct",),
         propose=_grid([{"seed": run.seed}]),
     )

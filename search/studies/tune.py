@@ -80,7 +80,7 @@ def tune(run: RunSettings) -> Study:
     phase = Phase(
         name="recipes",
         space=recipe_space(options, run.seed),
-        evaluators=(run.call("short_train"),),
+        evaluators=(run.call("train"),),
         objectives=("val_top1_pct",),
         propose=propose,
     )
@@ -100,7 +100,7 @@ def recipe_space(options: TuneOptions, seed: int) -> SearchSpace:
         return Candidate(
             model=model,
             recipe=recipe,
-            settings={"short_train": {"stop_after": stop}} if stop else {},
+            settings={"train": {"stop_after": stop}} if stop else {},
             label=f"{told} {params[EPOCHS_AXIS]}/{options.epochs} epochs",
         )
 

@@ -35,7 +35,7 @@ from workers.batches import evaluation_batches
 from workers.checkpoints import load_model
 from workers.data import DataSet
 from workers.evaluator import ARTIFACTS, Context, EvaluationError, evaluator
-from workers.evaluators.short_train import PREDICTIONS, WEIGHTS, write_predictions
+from workers.evaluators.train import PREDICTIONS, WEIGHTS, write_predictions
 from workers.inference import mean_nll, top1_pct
 from workers.learner import Learner
 
@@ -98,7 +98,7 @@ def linear_probe(model: Model, context: Context, settings: LinearProbeSettings) 
         raise SpecError("linear_probe needs labelled data and a recipe, whose seed it takes")
     dataset, weights = context.dataset, context.best(BACKBONE).workdir / WEIGHTS
     if not weights.exists():
-        raise EvaluationError("error", f"phase {BACKBONE!r} left no trained network in {weights.parent}: measure it by short_train")
+        raise EvaluationError("error", f"phase {BACKBONE!r} left no trained network in {weights.parent}: measure it by train")
     backbone, stored = load_model(weights, context.device)
     check_same_but_pooling(stored, model)
     tokens = torch.from_numpy(cached_tokens(backbone, weights, dataset, device=context.device, dtype=settings.dtype))

@@ -5,7 +5,7 @@
     permutation                         1, 4, 16, ... tiles are shuffled
 
 The area under a curve is the mean accuracy over its levels by the trapezoidal rule, in percent; the levels are the shares of cells
-that were really replaced, and for the permutation log2 of the number of tiles. The trained network is the one that `short_train`
+that were really replaced, and for the permutation log2 of the number of tiles. The trained network is the one that `train`
 left in the trial's work directory.
 """
 
@@ -45,7 +45,7 @@ from workers.corruptions import (
 )
 from workers.data import DataSet
 from workers.evaluator import ARTIFACTS, Context, EvaluationError, evaluator
-from workers.evaluators.short_train import WEIGHTS
+from workers.evaluators.train import WEIGHTS
 
 CURVES = "robustness.npz"
 
@@ -116,12 +116,12 @@ def check(model: Model, recipe: Recipe | None, settings: RobustnessSettings) -> 
     memory_mb=2000,
 )
 def robustness(model: Model, context: Context, settings: RobustnessSettings) -> Mapping[str, float]:
-    """Accuracy under patch-mix attack, patch drop and patch permutation of the network that short_train left."""
+    """Accuracy under patch-mix attack, patch drop and patch permutation of the network that evaluator train left."""
     dataset, weights = context.dataset, context.workdir / WEIGHTS
     if dataset is None:
         raise EvaluationError("error", "robustness needs the labelled data set of the trial")
     if not weights.exists():
-        raise EvaluationError("error", "there is no trained network: put short_train before it (--evaluators short_train,robustness)")
+        raise EvaluationError("error", "there is no trained network: put train before it (--evaluators train,robustness)")
     curves = _curves(model.img_size, settings)
     network, _ = load_model(weights, context.device)
     ids = _tested(dataset.test, settings)

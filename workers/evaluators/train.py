@@ -37,11 +37,11 @@ MUCH_WAITING_PCT = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShortTrainSettings:
+class TrainSettings:
     """How the training is run.
 
     `stop_after` so many epochs it stops, while its schedule stays that of all epochs of the recipe; 0 is to the end. `teacher` is the
-    name of an earlier phase that trained a network (short_train): its best trial's network teaches by its logits, with
+    name of an earlier phase that trained a network (train): its best trial's network teaches by its logits, with
     `distillation_weight` from 0 to 1 of the loss and both distributions softened by `temperature` (`workers.objectives.Distillation`).
 
     The others change no number. `num_loader_workers` decode and transform single images, where that is needed; -1 takes none on the
@@ -73,15 +73,15 @@ class ShortTrainSettings:
         return min(8, len(os.sched_getaffinity(0))) if device.startswith("cuda") else 0
 
 
-def check(model: Model, recipe: Recipe | None, settings: ShortTrainSettings) -> None:
+def check(model: Model, recipe: Recipe | None, settings: TrainSettings) -> None:
     if recipe is None:
-        raise SpecError("short_train needs a recipe: --recipe epochs=20,batch_size=64 for one model, or a study that gives its trials one")
+        raise SpecError("train needs a recipe: --recipe epochs=20,batch_size=64 for one model, or a study that gives its trials one")
     check_recipe(model, recipe)
     check_stop(recipe, settings.stop_after or None)
 
 
 @evaluator(
-    "short_train",
+    "train",
     metrics=(
         Metric("val_top1_pct", "maximize", "validation accuracy at the last epoch: what a selection may look at"),
         Metric("val_nll", "minimize", "validation negative log-likelihood, nats"),
@@ -89,7 +89,7 @@ def check(model: Model, recipe: Recipe | None, settings: ShortTrainSettings) -> 
         Metric("test_nll", "minimize", "test negative log-likelihood, nats"),
         Metric("train_loss", "minimize", "mean training loss of the last epoch, mixing and smoothing included"),
     ),
-    settings=ShortTrainSettings,
+    settings=TrainSettings,
     check=check,
     uses_data=True,
     needs_dataset=True,
@@ -97,7 +97,7 @@ def check(model: Model, recipe: Recipe | None, settings: ShortTrainSettings) -> 
     continued_by="stop_after",
     memory_mb=2000,
 )
-def short_train(model: Model, context: Context, settings: ShortTrainSettings) -> Mapping[str, float]:
+def train_network(model: Model, context: Context, settings: TrainSettings) -> Mapping[str, float]:
     """Train with the trial's recipe; leaves the weights, and the test logits of every image as an artifact."""
     check(model, context.recipe, settings)
     assert context.recipe is not None
@@ -134,7 +134,7 @@ def _train_and_judge(
     continue_from: Path | None,
     teacher: Path | None,
     report: Report,
-    settings: ShortTrainSettings,
+    settings: TrainSettings,
     identity: str,
 ) -> dict[str, Any]:
     """Train; in the first process also judge the network and write what the trial leaves."""
@@ -176,7 +176,7 @@ def _train_and_judge(
         "train_loss": training.train_loss,
     }
     if training.data_wait_pct > MUCH_WAITING_PCT:
-        warnings.append(f"the training waited for data {training.data_wait_pct:.0f} % of its time: --set short_train.num_loader_workers=N")
+        warnings.append(f"the training waited for data {training.data_wait_pct:.0f} % of its time: --set train.num_loader_workers=N")
     done = {"values": values, "warnings": warnings}
     write_json_atomically(workdir / FINISHED, {"identity": identity, **done})
     if training.is_finished:
@@ -190,11 +190,11 @@ def _teacher(context: Context, phase: str) -> Path | None:
         return None
     weights = context.best(phase).workdir.absolute() / WEIGHTS
     if not weights.exists():
-        raise EvaluationError("error", f"phase {phase!r}, the teacher of short_train, left no trained network in {weights.parent}")
+        raise EvaluationError("error", f"phase {phase!r}, the teacher of train, left no trained network in {weights.parent}")
     return weights
 
 
-def _objective(teacher: Path | None, settings: ShortTrainSettings) -> Objective:
+def _objective(teacher: Path | None, settings: TrainSettings) -> Objective:
     if teacher is None:
         return Classification()
     return Distillation(teacher, weight=settings.distillation_weight, temperature=settings.temperature)
