@@ -314,8 +314,8 @@ class MlflowTracker:
 
 def _trial_tags(trial: TrialRecord) -> dict[str, str]:
     """Tags that only some trials have; `reused_from` may be known only when the trial ends."""
-    optional = {"proxy_digest": trial.proxy_digest, "recipe_digest": trial.recipe_digest, "reused_from": trial.reused_from}
-    return {name: str(value) for name, value in optional.items() if value is not None}
+    names = ("proxy_digest", "recipe_digest", "settings_digest", "reused_from")
+    return {name: str(value) for name in names if (value := getattr(trial, name)) is not None}
 
 
 def trial_key(phase: str, number: int) -> str:

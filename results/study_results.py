@@ -146,13 +146,13 @@ def results_of(runs: StudyRuns) -> StudyResults:
 
 
 def _first_measurements(finished: Sequence[Run]) -> tuple[list[Run], Counter[str]]:
-    """The first trial of each (phase, network, recipe, seed), and how many repeats each phase has."""
+    """The first trial of each (phase, network, recipe, settings of its own, seed), and how many repeats each phase has."""
     first: dict[tuple[Any, ...], Run] = {}
     left_out: Counter[str] = Counter()
     # A trial that reused a measurement is never the first, even if its number is lower.
     for run in sorted(finished, key=lambda run: ("reused_from" in run.data.tags, int(run.data.tags["trial"]))):
         tags = run.data.tags
-        digests = (tags["digest"], tags.get("proxy_digest"), tags.get("recipe_digest"))
+        digests = (tags["digest"], *(tags.get(name) for name in ("proxy_digest", "recipe_digest", "settings_digest")))
         key = (tags["phase"], *digests, json.loads(tags["circumstances"])["seed"])
         if key in first:
             left_out[tags["phase"]] += 1

@@ -29,6 +29,7 @@ from search.strategy import Proposer, enqueue
 from search.study import RESULT_ATTRIBUTE, Phase, PhaseStopped
 from space.registry import SpecError
 from space.search_space import Candidate
+from space.spec import digest_of
 from workers.evaluate import Job
 from workers.evaluator import ARTIFACTS, PROGRESS
 from workers.pool import Finished, Pool
@@ -226,6 +227,7 @@ class PhaseLoop:
             candidate=candidate.to_json(),
             proxy_digest=candidate.proxy.digest if candidate.proxy else None,
             recipe_digest=candidate.recipe.digest if candidate.recipe else None,
+            settings_digest=digest_of(candidate.to_json()["settings"]) if candidate.settings else None,
             reused_from=None,
         )
         return _Asked(trial, self.measuring.job(trial.number, candidate, self.phase.evaluators), record)

@@ -10,12 +10,15 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from conftest import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 from test_loop import run as run_phase
 
+from results.paths import RunPaths
 from results.records import Metric
+from results.study_results import load
 from search.strategies.halving import Halving, rung_sizes
 from search.strategy import enqueue
 from search.studies.tune import TuneOptions
@@ -176,3 +179,15 @@ def test_the_winner_of_a_real_tuning_has_the_bits_of_a_training_in_one_piece(tmp
     assert {name: told[name] for name in alone.values} == alone.values
     halves, whole = (torch.load(folder / "model.pt", weights_only=True)["weights"] for folder in (last.workdir, tmp_path / "alone"))
     assert all(torch.equal(halves[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_a_tuning_by_command_shows_whole_trainings_first_and_the_default_recipe(tmp_path: Path):
+    done = run_command("tune", "--recipes", "4", "--epochs", "9", "--batch-size", "256", "--runs", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "successive halving of 4 recipes: 4 to epoch 1, 2 to epoch 3, 1 to epoch 9" in done.stdout
+    assert "14 of 36 epochs trained, 61 % saved; 1 of 4 points went to the end" in done.stdout
+    table = load(RunPaths(tmp_path).mlflow_uri, "tune")
+    assert len(table) == 7
+    assert table.sort_values("rank").iloc[0]["label"].startswith("9/9 epochs")
+    assert "1/9 epochs default recipe" in set(table["label"])

@@ -96,12 +96,12 @@ def recipe_space(options: TuneOptions, seed: int) -> SearchSpace:
         changes = {name: params[name] for name in AXES if name != "lr_factor"}
         recipe = replace(base, lr=base.lr * params["lr_factor"], min_lr=base.min_lr * params["lr_factor"], **changes)
         stop = params[EPOCHS_AXIS] if params[EPOCHS_AXIS] < options.epochs else 0
-        told = " ".join(f"{name}={params[name]}" for name in AXES)
+        told = " ".join(f"{name}={params[name]}" for name in AXES if params[name] != DEFAULT[name]) or "default recipe"
         return Candidate(
             model=model,
             recipe=recipe,
             settings={"train": {"stop_after": stop}} if stop else {},
-            label=f"{told} {params[EPOCHS_AXIS]}/{options.epochs} epochs",
+            label=f"{params[EPOCHS_AXIS]}/{options.epochs} epochs {told}",
         )
 
     axes = (Axis(name=name, choices=choices) for name, choices in AXES.items())
