@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from results.records import Metric
-from search.study import Need, Phase, RunSettings, SettingsError, Study, study
+from search.study import Need, Options, Phase, RunSettings, SettingsError, Study, study
 from space import catalog
 from space.model import Model, as_arch, require_arch, resized, supports_class_row, token_size
 from space.recipe import Recipe
@@ -69,21 +69,27 @@ ROBUSTNESS = ("patch_mix_fine_auc", "patch_mix_coarse_auc", "patch_drop_auc", "p
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationOptions:
+class AblationOptions(Options):
     """What is compared, and how long each cell is trained."""
 
     factor: tuple[str, ...] = field(default=(), metadata={"help": f"what is varied, of {', '.join(LEVELS)}; repeatable; default: all"})
     level: tuple[str, ...] = field(default=(), metadata={"help": "FACTOR=LEVEL: only these levels beside the reference; repeatable"})
-    seeds: int = field(default=3, metadata={"help": "paired trainings of each level, counting from --seed; 0: the linear probe alone"})
-    epochs: int = field(default=20, metadata={"help": "of each training"})
+    seeds: int = field(
+        default=3, metadata={"help": "paired trainings of each level, counting from --seed; 0: the linear probe alone", "at_least": 0}
+    )
+    epochs: int = field(default=20, metadata={"help": "epochs of each training", "at_least": 1})
     model: str = field(default="", metadata={"help": "as for describe; default: vit_digits for digits, else vit_cifar"})
-    batch_size: int = field(default=0, metadata={"help": "images per step; 0: 32 for digits, else 128"})
-    lr: float = field(default=0.0, metadata={"help": "AdamW's learning rate, from which the others' follow; 0: 3e-3 for digits, else 1e-3"})
+    batch_size: int = field(default=0, metadata={"help": "images per step; 0: 32 for digits, else 128", "at_least": 0})
+    lr: float = field(
+        default=0.0,
+        metadata={"help": "AdamW's learning rate, from which the others' follow; 0: 3e-3 for digits, else 1e-3", "at_least": 0},
+    )
     robustness: bool = field(default=False, metadata={"help": "also measure robustness curves of every network"})
     linear_probe: bool = field(default=False, metadata={"help": "also compare the poolings on a frozen backbone"})
-    probe_seeds: int = field(default=20, metadata={"help": "trainings of each pooling on the frozen backbone"})
+    probe_seeds: int = field(default=20, metadata={"help": "trainings of each pooling on the frozen backbone", "at_least": 1})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for factor in self.factor:
             if factor not in LEVELS:
                 raise unknown_name("factor", factor, LEVELS, "--factor")
@@ -97,9 +103,6 @@ class AblationOptions:
                 raise SpecError(f"--level {text!r}: the reference is always there; name others: {', '.join(LEVELS[factor][1:])}")
             if factor not in self.factors:
                 raise SpecError(f"--level {text!r}, but --factor names only {', '.join(self.factors)}")
-        for name, least in (("seeds", 0), ("probe_seeds", 1), ("epochs", 1), ("batch_size", 0), ("lr", 0)):
-            if getattr(self, name) < least:
-                raise SpecError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is expected")
         if self.probe_seeds != AblationOptions.probe_seeds and not self.linear_probe:
             raise SpecError("--probe-seeds means nothing without --linear-probe")
         if self.seeds == 0:

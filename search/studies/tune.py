@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from search.study import Phase, RunSettings, SettingsError, Study, study
+from search.study import Options, Phase, RunSettings, SettingsError, Study, study
 from space import catalog
 from space.randomness import stream
 from space.recipe import Recipe
-from space.registry import SpecError
 from space.search_space import Axis, Candidate, SearchSpace
 
 REDUCTION = 3
@@ -38,21 +37,20 @@ DEFAULT = {"lr_factor": 1.0, "weight_decay": 0.05, "drop_path": 0.0, "label_smoo
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneOptions:
+class TuneOptions(Options):
     """Of which network, how many recipes, and how long the longest training is."""
 
     model: str = field(default="vit_digits", metadata={"help": "as for describe"})
-    recipes: int = field(default=18, metadata={"help": "recipes that are tried, the default one among them"})
-    epochs: int = field(default=45, metadata={"help": "of a whole training; most recipes stop after a ninth or a third of them"})
-    batch_size: int = field(default=32, metadata={"help": "images per step"})
-    lr: float = field(default=3e-3, metadata={"help": "learning rate that lr_factor multiplies"})
-
-    def __post_init__(self) -> None:
-        for name, least in (("recipes", 1), ("epochs", REDUCTION ** (NUM_RUNGS - 1)), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise SpecError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is expected")
-        if self.lr <= 0:
-            raise SpecError(f"--lr is {self.lr:g}; a number above 0 is expected")
+    recipes: int = field(default=18, metadata={"help": "recipes to try; the default recipe is one of them", "at_least": 1})
+    epochs: int = field(
+        default=45,
+        metadata={
+            "help": "epochs of a whole training; most recipes stop after a ninth or a third of them",
+            "at_least": REDUCTION ** (NUM_RUNGS - 1),
+        },
+    )
+    batch_size: int = field(default=32, metadata={"help": "images per step", "at_least": 1})
+    lr: float = field(default=3e-3, metadata={"help": "learning rate that lr_factor multiplies", "above": 0})
 
     @property
     def rungs(self) -> tuple[int, ...]:
