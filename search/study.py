@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
@@ -174,15 +175,32 @@ class Study:
         raise SpecError(f"no phase {name!r}; phases: {', '.join(phase.name for phase in self.phases)}")
 
 
-@dataclass(frozen=True)
-class NoOptions:
-    """The options of a study that has none."""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The flags that a study has of its own: a frozen subclass with a field for each. This class itself is for a study without any.
+
+    Raises SpecError for a number outside the bound that its field declares. A subclass whose `__post_init__` checks more calls this one
+    first.
+    """
+
+    def __post_init__(self) -> None:
+        for declared in dataclasses.fields(self):
+            value, flag = getattr(self, declared.name), flag_of(declared.name)
+            at_least, above = declared.metadata.get("at_least"), declared.metadata.get("above")
+            if at_least is not None and not at_least <= value < math.inf:
+                raise SpecError(f"{flag} is {value:g}; at least {at_least} is expected")
+            if above is not None and not above < value < math.inf:
+                raise SpecError(f"{flag} is {value:g}; a number above {above} is expected")
+
+
+def flag_of(field_name: str) -> str:
+    return f"--{field_name.replace('_', '-')}"
 
 
 class Method:
     """A registered study: makes its phases from a run's settings; `options` is the class of the flags it has of its own."""
 
-    def __init__(self, make: Callable[[RunSettings], Study], options: type):
+    def __init__(self, make: Callable[[RunSettings], Study], options: type[Options]):
         self.options = options
         self.__doc__ = make.__doc__
         self._make = make
@@ -194,12 +212,13 @@ class Method:
 studies: Registry[Method] = Registry("study", package="search.studies")
 
 
-def study(name: str, *, options: type = NoOptions) -> Callable[[Callable[[RunSettings], Study]], Callable[[RunSettings], Study]]:
+def study(name: str, *, options: type[Options] = Options) -> Callable[[Callable[[RunSettings], Study]], Callable[[RunSettings], Study]]:
     """Register a function `(RunSettings) -> Study` as the study `name`.
 
-    `options` is a frozen keyword-only dataclass whose fields, each with a default, become the study's own flags: `str`, `int`,
-    `float`, `bool` or, for a flag that may be repeated, `tuple[str, ...]`; `field(metadata={"help": ...})` explains one. It raises
-    SpecError for a value that cannot be. An instance arrives as `RunSettings.options`.
+    `options` is a frozen keyword-only dataclass derived from `Options`. Its fields, each with a default, become the study's own flags.
+    A field is `str`, `int`, `float`, `bool` or, for a flag that may be repeated, `tuple[str, ...]`. Its metadata declares the rest:
+    `field(default=3, metadata={"help": "paired trainings", "at_least": 0})`. "help" explains the flag; "at_least" or "above" is the lower
+    bound of a finite number, which `Options` checks. An instance arrives as `RunSettings.options`.
     """
 
     def register(make: Callable[[RunSettings], Study]) -> Callable[[RunSettings], Study]:

@@ -17,6 +17,7 @@ from optuna.samplers import BaseSampler
 
 from results.records import Metric
 from search.budget import UNLIMITED, Budget, climb, free_metrics, random_point
+from search.storage import trial_id_of
 from search.strategies.growth import Growth
 from search.strategy import Problem, strategies
 from search.studies.smoke import tiny_vit_space
@@ -193,7 +194,8 @@ def test_where_the_budget_holds_anyway_points_are_those_without_one(name: str):
 def test_a_trial_begun_by_a_lost_driver_is_completed_to_the_point_it_would_have_had(name: str, num_begun: int):
     budget = window(TOPOLOGIES)
     whole = proposals(make(name, TOPOLOGIES, budget), TOPOLOGIES, 16)
-    study = optuna.create_study(directions=[goal.goal for goal in GOALS], sampler=make(name, TOPOLOGIES, budget))
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage, directions=[goal.goal for goal in GOALS], sampler=make(name, TOPOLOGIES, budget))
     for point in whole[:15]:
         trial = study.ask()
         assert TOPOLOGIES.suggest(trial) == point
@@ -203,7 +205,7 @@ def test_a_trial_begun_by_a_lost_driver_is_completed_to_the_point_it_would_have_
     for axis in TOPOLOGIES.axes[:num_begun]:
         axis.suggest(lost)
     study.sampler = make(name, TOPOLOGIES, budget)
-    assert TOPOLOGIES.suggest(optuna.Trial(study, lost._trial_id)) == whole[15]
+    assert TOPOLOGIES.suggest(optuna.Trial(study, trial_id_of(study, storage, lost.number))) == whole[15]
 
 
 @every_strategy
@@ -211,12 +213,13 @@ def test_what_was_begun_otherwise_is_kept_and_the_rest_constructed_around_it(nam
     budget = window(TOPOLOGIES)
     point = proposals(make(name, TOPOLOGIES, budget), TOPOLOGIES, 1)[0]
     other = next(kernel for kernel in TOPOLOGIES.axes[0].choices if kernel != point["K1"])
-    study = optuna.create_study(directions=[goal.goal for goal in GOALS], sampler=make(name, TOPOLOGIES, budget))
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage, directions=[goal.goal for goal in GOALS], sampler=make(name, TOPOLOGIES, budget))
     # As another strategy began it.
     study.enqueue_trial({"K1": other})
     begun = study.ask()
     assert TOPOLOGIES.axes[0].suggest(begun) == other
-    completed = TOPOLOGIES.suggest(optuna.Trial(study, begun._trial_id))
+    completed = TOPOLOGIES.suggest(optuna.Trial(study, trial_id_of(study, storage, begun.number)))
     assert completed["K1"] == other
     assert budget.distance(TOPOLOGIES, completed) == 0
 

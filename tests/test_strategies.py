@@ -17,11 +17,13 @@ import optuna
 import pytest
 from conftest import REPOSITORY
 from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
 from optuna.testing.pytest_samplers import BasicSamplerTestCase, MultiObjectiveSamplerTestCase
 from optuna.trial import TrialState
 
 from results.records import Metric
 from search.budget import Budget
+from search.storage import trial_id_of
 from search.strategy import Problem, strategies
 from space.search_space import Axis, Candidate, SearchSpace
 from space.spec import ArchSpec, BlockSpec, Component, StageSpec, digest_of
@@ -77,8 +79,8 @@ def make(name: str, seed: int) -> BaseSampler:
     return strategies.get(name)(Problem(space=SPACE, goals=GOALS, seed=seed))
 
 
-def new_study(sampler: BaseSampler) -> optuna.Study:
-    return optuna.create_study(directions=[goal.goal for goal in GOALS], sampler=sampler)
+def new_study(sampler: BaseSampler, storage: BaseStorage | None = None) -> optuna.Study:
+    return optuna.create_study(storage=storage, directions=[goal.goal for goal in GOALS], sampler=sampler)
 
 
 def run(study: optuna.Study, num_trials: int) -> optuna.Study:
@@ -159,11 +161,12 @@ def test_trials_in_flight_end_in_any_order_and_state_and_stay_in_a_conditional_s
 
 @every_strategy
 def test_a_trial_adopted_half_suggested_is_completed_as_it_would_have_been(name: str):
-    study = run(new_study(make(name, 0)), 15)
+    storage = optuna.storages.InMemoryStorage()
+    study = run(new_study(make(name, 0), storage), 15)
     lost = study.ask()
     begun = {axis.name: axis.suggest(lost) for axis in SPACE.axes[:1]}
     study.sampler = make(name, 0)
-    adopted = optuna.Trial(study, lost._trial_id)
+    adopted = optuna.Trial(study, trial_id_of(study, storage, lost.number))
     point = SPACE.suggest(adopted)
     SPACE.check(point)
     assert begun.items() <= point.items()

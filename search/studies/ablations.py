@@ -9,8 +9,8 @@ trial; cells that are equal, such as the reference in all factors, are measured 
 
 What is tested is fixed before the first trial (`Design`, in Optuna's study and the parent run): one primary contrast for each
 factor, every other level against the reference, Holm-corrected. Selection would look at the validation part; effects are
-those on test images. The study may be extended by factors, levels and seeds under the same name; the report then says in
-how many looks the data came.
+those on test images. The study may be extended by factors, levels and seeds under the same name; the report then says how often effects
+were shown before more trials came.
 
 `--linear-probe` adds two phases: `backbone` trains the reference once, `probe` trains nothing but pooling and head on its
 frozen tokens, under many seeds.
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from results.records import Metric
-from search.study import Need, Phase, RunSettings, SettingsError, Study, study
+from search.study import Need, Options, Phase, RunSettings, SettingsError, Study, study
 from space import catalog
 from space.model import Model, as_arch, require_arch, resized, supports_class_row, token_size
 from space.recipe import Recipe
@@ -69,21 +69,27 @@ ROBUSTNESS = ("patch_mix_fine_auc", "patch_mix_coarse_auc", "patch_drop_auc", "p
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationOptions:
+class AblationOptions(Options):
     """What is compared, and how long each cell is trained."""
 
     factor: tuple[str, ...] = field(default=(), metadata={"help": f"what is varied, of {', '.join(LEVELS)}; repeatable; default: all"})
     level: tuple[str, ...] = field(default=(), metadata={"help": "FACTOR=LEVEL: only these levels beside the reference; repeatable"})
-    seeds: int = field(default=3, metadata={"help": "paired trainings of each level, counting from --seed; 0: the linear probe alone"})
-    epochs: int = field(default=20, metadata={"help": "of each training"})
+    seeds: int = field(
+        default=3, metadata={"help": "paired trainings of each level, counting from --seed; 0: the linear probe alone", "at_least": 0}
+    )
+    epochs: int = field(default=20, metadata={"help": "epochs of each training", "at_least": 1})
     model: str = field(default="", metadata={"help": "as for describe; default: vit_digits for digits, else vit_cifar"})
-    batch_size: int = field(default=0, metadata={"help": "images per step; 0: 32 for digits, else 128"})
-    lr: float = field(default=0.0, metadata={"help": "AdamW's learning rate, from which the others' follow; 0: 3e-3 for digits, else 1e-3"})
+    batch_size: int = field(default=0, metadata={"help": "images per step; 0: 32 for digits, else 128", "at_least": 0})
+    lr: float = field(
+        default=0.0,
+        metadata={"help": "AdamW's learning rate, from which the others' follow; 0: 3e-3 for digits, else 1e-3", "at_least": 0},
+    )
     robustness: bool = field(default=False, metadata={"help": "also measure robustness curves of every network"})
     linear_probe: bool = field(default=False, metadata={"help": "also compare the poolings on a frozen backbone"})
-    probe_seeds: int = field(default=20, metadata={"help": "trainings of each pooling on the frozen backbone"})
+    probe_seeds: int = field(default=20, metadata={"help": "trainings of each pooling on the frozen backbone", "at_least": 1})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for factor in self.factor:
             if factor not in LEVELS:
                 raise unknown_name("factor", factor, LEVELS, "--factor")
@@ -97,9 +103,6 @@ class AblationOptions:
                 raise SpecError(f"--level {text!r}: the reference is always there; name others: {', '.join(LEVELS[factor][1:])}")
             if factor not in self.factors:
                 raise SpecError(f"--level {text!r}, but --factor names only {', '.join(self.factors)}")
-        for name, least in (("seeds", 0), ("probe_seeds", 1), ("epochs", 1), ("batch_size", 0), ("lr", 0)):
-            if getattr(self, name) < least:
-                raise SpecError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is expected")
         if self.probe_seeds != AblationOptions.probe_seeds and not self.linear_probe:
             raise SpecError("--probe-seeds means nothing without --linear-probe")
         if self.seeds == 0:
@@ -109,21 +112,21 @@ class AblationOptions:
         if not self.linear_probe:
             raise SpecError("--seeds 0 leaves nothing to train; it is meant for --linear-probe")
         if self.robustness:
-            raise SpecError("--robustness is of the networks that --seeds trains, and --seeds 0 trains none")
+            raise SpecError("--robustness measures the networks that --seeds trains, and --seeds 0 trains none")
         named = {*self.factor, *(text.partition("=")[0] for text in self.level)}
         if others := sorted(named - {"pooling"}):
             raise SpecError(f"--seeds 0 leaves the linear probe alone, which compares poolings: {', '.join(others)} would not be varied")
 
     @property
     def factors(self) -> tuple[str, ...]:
-        """Those that are varied, in the order of `LEVELS`."""
+        """The factors that are varied, in the order of `LEVELS`."""
         return tuple(factor for factor in LEVELS if not self.factor or factor in self.factor)
 
     def is_named(self, factor: str, level: str) -> bool:
         return f"{factor}={level}" in self.level
 
     def wanted(self, factor: str) -> tuple[str, ...]:
-        """The reference's level and, of the others, those named or, where none is, all."""
+        """The reference's level, then the other levels that `--level` names; all of them if it names none."""
         reference, *others = LEVELS[factor]
         return (reference, *([level for level in others if self.is_named(factor, level)] or others))
 
@@ -186,7 +189,7 @@ def _note_on_seeds(flag: str, num: int, design: Design) -> list[str]:
 
 
 def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate:
-    """What every level departs from, in one thing."""
+    """The reference candidate: every level departs from it in one thing."""
     is_digits = run.data == "digits"
     name = options.model or ("vit_digits" if is_digits else "vit_cifar")
     num_classes = _num_classes(run.data)
@@ -202,7 +205,7 @@ def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate
         lr=lr,
         min_lr=lr / 100,
         warmup_epochs=options.epochs / 10,
-        # A mirrored digit is another one, or none.
+        # A mirrored digit is another digit, or none.
         flip=not is_digits,
         crop="pad" if model.img_size < 64 else "resized",
     )
@@ -291,7 +294,7 @@ def ablation_space(reference: Candidate, factors: Mapping[str, Sequence[str]]) -
 
 
 def _pooling(level: str, model: ArchSpec) -> Component:
-    """Groups are the heads of the last block, whose slices of the channels they are."""
+    """The pooling of a level. Its groups are the slices of the channels that belong to the heads of the last block."""
     mixer = model.stages[-1].blocks[-1].mixer
     groups = full_choices("mixer", mixer)["num_heads"]
     powers = {
@@ -303,7 +306,7 @@ def _pooling(level: str, model: ArchSpec) -> Component:
 
 
 def cells(levels: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The cells of a design, seed by seed: whenever it is stopped, what there is is paired."""
+    """The cells of a design, seed by seed, so that a study stopped at any moment holds paired cells."""
     return [{"factor": factor, factor: level, "seed": seed} for seed in seeds for factor, chosen in levels.items() for level in chosen]
 
 
@@ -360,7 +363,7 @@ def ablation_design(levels: Mapping[str, Sequence[str]], model: Model, *, has_ro
         primary = _primary(factor, others, is_cnn=_is_cnn(model), has_robustness=has_robustness)
         contrasts += [primary, *_against_reference(factor, reference, others, primary)]
         if {"patch_mixing", "cutmix"} <= set(others):
-            # What is gained by the grid rather than by mixing.
+            # This contrast shows what the grid gains, apart from mixing.
             contrasts.append(Contrast(factor=factor, levels=("patch_mixing",), baseline="cutmix", outcome=primary.outcome))
     return Design(name="ablations", contrasts=tuple(contrasts), outcomes=outcomes)
 
@@ -370,9 +373,9 @@ def _is_cnn(model: Model) -> bool:
 
 
 def _primary(factor: str, others: Sequence[str], *, is_cnn: bool, has_robustness: bool) -> Contrast:
-    """The contrast that a factor is about; where its levels were not chosen, the first level against the reference.
+    """The contrast that a factor is about. If its levels are not among `others`, it is the first of them against the reference.
 
-    `published` is the lower end of what was published: a design that can see it can see the rest.
+    `published` is the lower end of the published effects: a design that can see it can see the others.
     """
     from results.effects.design import Contrast
 

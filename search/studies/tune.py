@@ -4,7 +4,7 @@
 
 Recipes drawn at random, the default one first among them, are trained for a ninth of the epochs; the best third goes on to a third
 of them, and the best third of those to the end (https://arxiv.org/abs/1502.07943). A recipe that goes on continues its own training.
-Selection looks at the validation part; the default recipe stands in the same table, so that what tuning gains can be read off.
+Selection looks at the validation part. The default recipe stands in the same table, which therefore shows what tuning gains.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from search.study import Phase, RunSettings, SettingsError, Study, study
+from search.study import Options, Phase, RunSettings, SettingsError, Study, study
 from space import catalog
 from space.randomness import stream
 from space.recipe import Recipe
-from space.registry import SpecError
 from space.search_space import Axis, Candidate, SearchSpace
 
 REDUCTION = 3
@@ -34,25 +33,24 @@ AXES: dict[str, tuple[Any, ...]] = {
     "mixing": ("none", "mixup_cutmix"),
 }
 DEFAULT = {"lr_factor": 1.0, "weight_decay": 0.05, "drop_path": 0.0, "label_smoothing": 0.1, "mixing": "none"}
-"""The recipe that a training has if nothing is said."""
+"""The point of the default recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneOptions:
-    """Of which network, how many recipes, and how long the longest training is."""
+class TuneOptions(Options):
+    """Which network is trained, by how many recipes, and how long the longest training is."""
 
     model: str = field(default="vit_digits", metadata={"help": "as for describe"})
-    recipes: int = field(default=18, metadata={"help": "recipes that are tried, the default one among them"})
-    epochs: int = field(default=45, metadata={"help": "of a whole training; most recipes stop after a ninth or a third of them"})
-    batch_size: int = field(default=32, metadata={"help": "images per step"})
-    lr: float = field(default=3e-3, metadata={"help": "learning rate that lr_factor multiplies"})
-
-    def __post_init__(self) -> None:
-        for name, least in (("recipes", 1), ("epochs", REDUCTION ** (NUM_RUNGS - 1)), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise SpecError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is expected")
-        if self.lr <= 0:
-            raise SpecError(f"--lr is {self.lr:g}; a number above 0 is expected")
+    recipes: int = field(default=18, metadata={"help": "recipes to try; the default recipe is one of them", "at_least": 1})
+    epochs: int = field(
+        default=45,
+        metadata={
+            "help": "epochs of a whole training; most recipes stop after a ninth or a third of them",
+            "at_least": REDUCTION ** (NUM_RUNGS - 1),
+        },
+    )
+    batch_size: int = field(default=32, metadata={"help": "images per step", "at_least": 1})
+    lr: float = field(default=3e-3, metadata={"help": "learning rate that lr_factor multiplies", "above": 0})
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -88,7 +86,7 @@ def tune(run: RunSettings) -> Study:
 
 
 def recipe_space(options: TuneOptions, seed: int) -> SearchSpace:
-    """Recipes, and after how many epochs their training is looked at."""
+    """Recipes, and the epochs after which their trainings are compared."""
     model = catalog.resolve(options.model)
     base = Recipe(epochs=options.epochs, seed=seed, batch_size=options.batch_size, lr=options.lr)
 
@@ -113,12 +111,12 @@ def recipe_space(options: TuneOptions, seed: int) -> SearchSpace:
 def drawn_recipes(number: int, seed: int) -> list[dict[str, Any]]:
     """The default recipe, then others drawn without replacement; a longer list begins with a shorter one.
 
-    Raises SettingsError if there are not so many.
+    Raises SettingsError if `number` is above the number of recipes.
     """
     names, choices = tuple(AXES), tuple(AXES.values())
     shape = tuple(map(len, choices))
     if number > np.prod(shape):
-        raise SettingsError(f"--recipes is {number}; there are {np.prod(shape)}")
+        raise SettingsError(f"--recipes is {number}; at most {np.prod(shape)} is expected")
     order = np.random.default_rng(stream(seed, "recipes")).permutation(np.prod(shape))
     drawn = [
         {name: values[i] for name, values, i in zip(names, choices, np.unravel_index(index, shape), strict=True)}
