@@ -10,6 +10,7 @@ from pathlib import Path
 import faulty
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 
 import workers.pool as pool_module
 from results.records import Failure, Measurement, Metric
@@ -57,6 +58,12 @@ def job(trial: int, workdir: Path, *, data: str = "digits", num_together: int = 
         data_fingerprint=data,
         workdir=workdir / str(trial),
     )
+
+
+@pytest.fixture(autouse=True)
+def evaluators_of_this_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's workers import the modules of tests from here."""
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests'}")
 
 
 @pytest.fixture
