@@ -122,7 +122,7 @@ def test_a_set_that_cannot_be_used_stops_everything_with_its_own_message(tmp_pat
         outcomes(pool, 1)
 
 
-def test_several_processes_of_a_trial_take_their_cores_themselves():
+def test_several_processes_of_a_trial_take_their_cores_themselves(tmp_path: Path):
     pool = RayPool(address="local", cpus=1)
     num_cores = pool.capacity()
     pool.close()
@@ -131,7 +131,7 @@ def test_several_processes_of_a_trial_take_their_cores_themselves():
         import ray
 
         assert shared.capacity() == 1
-        shared.submit(dataclasses.replace(faulty_job(), processes=num_cores))
+        shared.submit(dataclasses.replace(faulty_job(tmp_path), processes=num_cores))
         (outcome,) = outcomes(shared, 1)
         assert not isinstance(outcome, Failure), outcome
         assert ray.available_resources()["CPU"] == num_cores
@@ -141,7 +141,7 @@ def test_several_processes_of_a_trial_take_their_cores_themselves():
         RayPool(address="local", cpus=1, processes=num_cores + 1)
 
 
-def faulty_job() -> Job:
+def faulty_job(workdir: Path) -> Job:
     return Job(
         trial=0,
         candidate=Candidate(model=faulty.classifier(10)),
@@ -149,5 +149,5 @@ def faulty_job() -> Job:
         seed=0,
         data="digits",
         data_fingerprint="digits",
-        workdir=Path(),
+        workdir=workdir,
     )
