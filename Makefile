@@ -37,10 +37,10 @@ leaderboard: setup ## the leaderboard of the main job
 mlflow: setup ## MLflow on the default store, in the browser
 	$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --port 5000
 
-check: lint ## while developing: lint, types, and the tests without those that start Ray (three minutes)
+check: lint ## while developing: lint, types, all tests but the slow ones; within 3 minutes on two cores
 	$(BIN)/python -m pytest -m 'not slow' $(IN_PARALLEL)
 
-test: setup ## the whole test suite (fifteen minutes on two cores)
+test: setup ## the whole test suite; within 15 minutes on two cores
 	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 lint: setup ## ruff and the type checker

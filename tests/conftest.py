@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, no telemetry, no draw of chance, and Ray clusters of their own."""
+"""Shared by all tests: no network, no telemetry, the same examples every time, and Ray clusters of their own."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("RAY_ADDRESS", None)
-# Workers of a cluster that a test starts import the tests' evaluators by name.
-os.environ["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"
-# The arrays of tests are small, and two processes share two cores. Read when NumPy and torch are first imported.
+# Two processes share two cores, and the arrays of tests are small. NumPy and torch read it when they are imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # Examples follow from the test alone: what has passed passes again, on a loaded machine too.
@@ -32,7 +30,8 @@ settings.load_profile("tests")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
-    if hasattr(config, "workerinput"):  # of pytest-xdist: files are handed out in this order, and the longest should not come last
+    if hasattr(config, "workerinput"):
+        # pytest-xdist hands out files in this order, and those that take longest should not come last.
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available():
         for item in items:

@@ -189,10 +189,12 @@ def test_ten_failures_in_a_row_end_the_command_with_the_traceback(tmp_path: Path
 @pytest.fixture(scope="module")
 def cluster():
     """Two nodes of one CPU each, in processes of their own."""
+    # Read once, when Ray is imported; if a pool of another file did that, its token is in the environment and serves here too.
+    if "ray" not in sys.modules:
+        os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["PYTHONPATH"] = ENVIRONMENT["PYTHONPATH"]
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     made.add_node(num_cpus=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import faulty
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 
 import workers.pool as pool_module
 from results.records import Failure, Measurement, Metric
@@ -58,6 +59,12 @@ def job(trial: int, workdir: Path, *, data: str = "digits", num_together: int = 
         data_fingerprint=data,
         workdir=workdir / str(trial),
     )
+
+
+@pytest.fixture(autouse=True)
+def evaluators_of_this_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's workers import the modules of tests from here."""
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests'}")
 
 
 @pytest.fixture
@@ -116,18 +123,18 @@ def test_a_set_that_cannot_be_used_stops_everything_with_its_own_message(tmp_pat
         outcomes(pool, 1)
 
 
-def test_several_processes_of_a_trial_take_their_cores_themselves(pool: RayPool):
+def test_several_processes_of_a_trial_take_their_cores_themselves(pool: RayPool, tmp_path: Path):
     num_cores = pool.capacity(Resources())
     together = Resources(processes=num_cores)
     assert pool.capacity(together) == 1
-    pool.submit(dataclasses.replace(faulty_job(), resources=together))
+    pool.submit(dataclasses.replace(faulty_job(tmp_path), resources=together))
     (outcome,) = outcomes(pool, 1)
     assert not isinstance(outcome, Failure), outcome
     with pytest.raises(PoolError, match=f"the cluster lacks {num_cores + 1} times the 1 CPU"):
         pool.check(Resources(processes=num_cores + 1))
 
 
-def faulty_job() -> Job:
+def faulty_job(workdir: Path) -> Job:
     return Job(
         trial=0,
         candidate=Candidate(model=faulty.classifier(10)),
@@ -135,5 +142,5 @@ def faulty_job() -> Job:
         seed=0,
         data="digits",
         data_fingerprint="digits",
-        workdir=Path(),
+        workdir=workdir,
     )
