@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Collection, Iterator, Mapping
@@ -14,10 +15,12 @@ from space.registry import SpecError, unknown_name
 from space.search_space import Candidate, SearchSpace
 from workers.evaluator import Context, Evaluator, evaluators
 
-MAX_ENUMERATED = 20_000
-"""Points of the largest space that is searched whole for a network within a budget: about a second."""
+MAX_ENUMERATED = 200_000
+"""Points of the largest space that is searched whole before a budget is refused: some ten seconds at most."""
 
 NUM_STARTS = 16
+NUM_PAIRED = 4
+"""Of so many networks, the nearest that climbing found, all changes of two axes are tried."""
 
 Point = Mapping[str, Scalar]
 
@@ -92,13 +95,17 @@ class Budget:
     def check_reachable(self, space: SearchSpace) -> None:
         """Raise SpecError, with the nearest network, if no network of the space is within the budget.
 
-        A space of up to `MAX_ENUMERATED` points is searched whole, a larger one by climbing from several starts.
+        Climbing from several starts finds one in most budgets that have one. Where it does not, a space of up to `MAX_ENUMERATED`
+        points is searched whole; in a larger one the nearest networks found are changed in two axes at once.
         """
         if self.is_empty:
             return
         is_small = space.size <= MAX_ENUMERATED
         nearest, least = next(space.points()), math.inf
-        for point, distance in self._enumerated(space) if is_small else self._climbed(space):
+        climbed = sorted(self._climbed(space), key=lambda found: found[1])
+        if climbed[0][1] == 0:
+            return
+        for point, distance in self._enumerated(space) if is_small else climbed[:1]:
             if distance == 0:
                 return
             if distance < least:
@@ -115,9 +122,16 @@ class Budget:
 
     def _climbed(self, space: SearchSpace) -> Iterator[tuple[Point, float]]:
         generator = random.Random(0)
+        found = []
         for number in range(NUM_STARTS):
             start = random_point(space, generator) if number else next(space.points())
-            yield climb(space, start, self, generator)
+            found.append(climb(space, start, self, generator))
+            yield found[-1]
+            if found[-1][1] == 0:
+                return
+        if space.size > MAX_ENUMERATED:
+            for point, _ in sorted(found, key=lambda each: each[1])[:NUM_PAIRED]:
+                yield from ((moved, self.distance(space, moved)) for moved in _moved_in_two_axes(space, point, generator))
 
     def _raise_undefined(self, space: SearchSpace, candidate: Candidate) -> None:
         try:
@@ -193,6 +207,13 @@ def climb(space: SearchSpace, start: Point, budget: Budget, generator: random.Ra
         else:
             break
     return point, distance
+
+
+def _moved_in_two_axes(space: SearchSpace, point: Point, generator: random.Random) -> Iterator[Point]:
+    axes = [axis for axis in space.axes if axis.name in point]
+    for one, other in itertools.combinations(axes, 2):
+        for values in itertools.product(_near(one.choices, point[one.name]), _near(other.choices, point[other.name])):
+            yield _completed(space, {**point, one.name: values[0], other.name: values[1]}, generator)
 
 
 def _near(choices: tuple[Scalar, ...] | range, value: Any) -> list[Scalar]:

@@ -247,10 +247,13 @@ class PhaseLoop:
 
     def _outcome_of_lost_driver(self, asked: _Asked) -> Outcome | None:
         stored = Measured.read(asked.job.trial, asked.job.workdir)
-        if stored and stored.key == asked.job.key:
-            asked.record = replace(asked.record, reused_from=stored.reused_from)
-            return stored.outcome
-        return self.tracker.finished_outcome(self.phase.name, asked.trial.number)
+        if stored is None:
+            return self.tracker.finished_outcome(self.phase.name, asked.trial.number)
+        if stored.key != asked.job.key:
+            # What was measured has another meaning today, and MLflow would give the same without saying so.
+            return None
+        asked.record = replace(asked.record, reused_from=stored.reused_from)
+        return stored.outcome
 
     def _tell(self, asked: _Asked, outcome: Outcome) -> None:
         measured = Measured.of(asked.job, outcome, asked.record.reused_from)

@@ -14,7 +14,7 @@ from search.study import Phase, PhaseStopped
 from space.registry import unknown_name
 from space.search_space import Candidate
 from workers.evaluate import Job, Stop
-from workers.evaluator import Call, EarlierTrial, evaluators
+from workers.evaluator import Call, EarlierTrial, by_todays_names
 from workers.resources import RESOURCES, Resources
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ class Measuring:
     def job(self, number: int, candidate: Candidate, calls: Sequence[Call]) -> Job:
         """The job of a trial; raises SpecError for settings of the candidate that none of the calls has."""
         known = [call.name for call in calls]
-        settings = {evaluators.todays_name(name): chosen for name, chosen in candidate.settings.items()}
+        settings = by_todays_names(candidate.settings, "the candidate's settings")
         for name in settings:
             if name not in (*known, RESOURCES):
                 raise unknown_name("evaluator", name, [*known, RESOURCES], "the candidate's settings")
         return Job(
             trial=number,
             candidate=candidate,
-            calls=tuple(call.changed(settings.get(call.name, {})) for call in calls),
+            calls=tuple(_to_the_end(call.changed(settings.get(call.name, {})), candidate) for call in calls),
             # A recipe has the seed of its training; seeds are then part of a design, not a setting of the run.
             seed=candidate.recipe.seed if candidate.recipe else self.seed,
             data=self.data,
@@ -57,6 +57,14 @@ class Measuring:
             resources=self.resources.changed(settings.get(RESOURCES, {})),
             time_limit_s=self.time_limit_s,
         )
+
+
+def _to_the_end(call: Call, candidate: Candidate) -> Call:
+    """The call, without a stop that is the end of the training: both are one measurement."""
+    name = call.evaluator.continued_by
+    if name and candidate.recipe and getattr(call.settings, name) == candidate.recipe.epochs:
+        return call.changed({name: 0})
+    return call
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from search.strategy import Problem, Proposer, strategies
 from space.recipe import Recipe
 from space.registry import Registry, SpecError
 from space.search_space import SearchSpace
-from workers.evaluator import Call, evaluators
+from workers.data import BY_CONTENT
+from workers.evaluator import Call, by_todays_names, evaluators
 from workers.resources import Resources, resources_of
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ class RunSettings:
     options: Any = None
 
     def __post_init__(self) -> None:
-        settings = {evaluators.todays_name(name): chosen for name, chosen in self.evaluator_settings.items()}
-        object.__setattr__(self, "evaluator_settings", settings)
+        object.__setattr__(self, "evaluator_settings", by_todays_names(self.evaluator_settings, "--set"))
 
     @property
     def study_name(self) -> str:
@@ -234,8 +234,9 @@ def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dic
     example = phase.space.decode(next(phase.space.points()))
     # Keys that came later stand only where they say something, so that older studies still compare equal.
     recipe = {"recipe": dataclasses.replace(example.recipe, seed=0).to_json()} if example.recipe else {}
-    num_processes = phase.trial_resources(run).processes
-    processes = {"processes": num_processes} if num_processes > 1 else {}
+    resources = phase.trial_resources(run)
+    processes = {"processes": resources.processes} if resources.processes > 1 else {}
+    accelerator = {"accelerator_type": resources.accelerator_type} if resources.accelerator_type else {}
     return {
         "study": run.study,
         "space": phase.space.to_json(),
@@ -245,9 +246,10 @@ def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dic
         "proxy_img_size": example.scored.img_size,
         "data": data_fingerprint if uses_data else None,
         "seed": run.seed,
-        "device": "cuda" if run.gpus > 0 else "cpu",
+        "device": resources.device,
         **recipe,
         **processes,
+        **accelerator,
     }
 
 
@@ -292,6 +294,8 @@ def _comparable(settings: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
     if not any(call.evaluator.uses_processes for call in phase.evaluators):
         # Stored once with every phase, and no number of this one depends on it.
         compared.pop("processes", None)
+    if all(call.evaluator.is_free for call in phase.evaluators):
+        compared.pop("device", None)
     return compared
 
 
@@ -318,7 +322,12 @@ def _differences(stored: Any, wanted: Any, where: str = ""):
         for index, pair in enumerate(zip(stored, wanted, strict=True)):
             yield from _differences(*pair, f"{where}[{index}]")
     elif stored != wanted:
-        yield f"{where} was {_short(stored)}, now {_short(wanted)}"
+        yield f"{where} was {_short(stored)}, now {_short(wanted)}" + _explained(where, stored, wanted)
+
+
+def _explained(where: str, stored: Any, wanted: Any) -> str:
+    is_older = where == "data" and BY_CONTENT in str(wanted) and BY_CONTENT not in str(stored)
+    return " (data is known by the bytes of its files since November 2026, before by their names and sizes)" if is_older else ""
 
 
 def _short(value: Any) -> str:

@@ -57,8 +57,9 @@ class Candidate:
     """What a trial measures: the network that is reported, how it is trained, and a stand-in where one is scored in its place.
 
     `settings` are evaluator settings of this trial alone, `{"profile": {"batch_size": 8}}`; they overrule those of its phase. Under
-    the name "resources" they say what the trial takes of the cluster: `{"resources": {"accelerator_type": "H100"}}`. They are part of
-    the measurement's identity. `label` is the method's own notation of the network, as a reader of the leaderboard knows it.
+    the name "resources" they say what the trial takes of the cluster: `{"resources": {"accelerator_type": "H100"}}`. Settings and the
+    accelerator type are part of the measurement's identity. `label` is the method's own notation of the network, as a reader of the
+    leaderboard knows it.
     """
 
     model: Model

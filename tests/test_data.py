@@ -172,7 +172,7 @@ def in_a_fresh_process(folder, cache):
 def test_the_fingerprint_is_of_names_and_contents(bitmap_folder, tmp_path):
     assert fingerprint("digits") == "digits"
     before = fingerprint(f"folder:{bitmap_folder}")
-    assert re.fullmatch("folder-[0-9a-f]{16}", before)
+    assert re.fullmatch("folder-bytes-[0-9a-f]{16}", before)
     write_bitmaps(bitmap_folder, 1)
     after = fingerprint(f"folder:{bitmap_folder}")
     assert after != before

@@ -130,7 +130,7 @@ def test_several_processes_of_a_trial_take_their_cores_themselves(pool: RayPool,
     pool.submit(dataclasses.replace(faulty_job(tmp_path), resources=together))
     (outcome,) = outcomes(pool, 1)
     assert not isinstance(outcome, Failure), outcome
-    with pytest.raises(PoolError, match=f"the cluster lacks {num_cores + 1} times the 1 CPU"):
+    with pytest.raises(PoolError, match=f"the cluster lacks the {num_cores + 1} times 1 CPU"):
         pool.check(Resources(processes=num_cores + 1))
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+BY_CONTENT = "-bytes-"
+"""Stands between scheme and digits of a fingerprint that covers the bytes of the files."""
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TENTHS = np.array([0, 0, 0, 0, 2, 0, 0, 1, 0, 2])
@@ -156,7 +159,7 @@ def check_source(source: str, *, num_images: int = 1) -> str:
 
 
 def fingerprint(source: str, *, cache: Path | None = None) -> str:
-    """The identity of the data: `digits`, or the scheme and 16 hex digits over the names and the bytes of its files.
+    """The identity of the data: `digits`, or the scheme, `-bytes-`, and 16 hex digits over the names and the bytes of its files.
 
     Equal contents have equal identities, wherever they lie. The bytes of a file are read once for each of its states
     (`workers/file_hashes.py`); `cache` is a folder in which later processes find the hashes, None keeps them in memory alone. The work
@@ -166,7 +169,7 @@ def fingerprint(source: str, *, cache: Path | None = None) -> str:
     place = parse_source(source)
     if place.scheme == "digits":
         return source
-    return f"{place.scheme}-{list_images(place, place.stamp).fingerprint(_hashes_of(place, cache))}"
+    return f"{place.scheme}{BY_CONTENT}{list_images(place, place.stamp).fingerprint(_hashes_of(place, cache))}"
 
 
 def _hashes_of(place: Source, cache: Path | None) -> Path | None:

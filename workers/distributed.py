@@ -105,8 +105,7 @@ def in_processes(function: Callable[[Process], Mapping[str, Any]], resources: Re
     ray_files = workdir / "ray_train"
     (workdir / RESULT).unlink(missing_ok=True)
     uses_gpu = resources.device == "cuda"
-    # One GPU each also where a part of one is asked for: processes that share a GPU cannot exchange gradients through NCCL.
-    needs = {"CPU": 1.0, "GPU": 1.0} if uses_gpu else {"CPU": 1.0}
+    needs = {"CPU": resources.cpus, **({"GPU": resources.gpus} if uses_gpu else {})}
     work = _Work(ray.put(function), workdir / RESULT, resources.device, torch.get_num_threads())
     for num_losses in itertools.count():
         trainer = TorchTrainer(

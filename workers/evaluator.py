@@ -162,6 +162,17 @@ class Evaluator:
 evaluators: Registry[Evaluator] = Registry("evaluator", package="workers.evaluators", renamed={"short_train": "train"})
 
 
+def by_todays_names(settings: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, dict[str, Any]]:
+    """`{evaluator: {setting: value}}` with the evaluators' present names; raises SpecError for a setting that two names of one give."""
+    merged: dict[str, dict[str, Any]] = {}
+    for name, chosen in settings.items():
+        together = merged.setdefault(evaluators.todays_name(name), {})
+        if twice := sorted(together.keys() & chosen.keys()):
+            raise SpecError(f"{where}: {evaluators.todays_name(name)}.{twice[0]} is given twice, under the evaluator's old and new name")
+        together.update(chosen)
+    return merged
+
+
 def evaluator(name: str, **declared: Any) -> Callable[[Function], Function]:
     """Register a function as the evaluator `name`; keywords are the fields of `Evaluator`."""
 
@@ -211,8 +222,10 @@ class Call:
                 raise unknown_name("setting", name, hints, where)
             if not _is_of_type(value, hints[name]):
                 raise SpecError(f"{where}: {name} is {value!r}; {_type_name(hints[name])} is expected")
+        # A whole number given for a float is the same measurement.
+        typed = {name: float(value) if hints[name] is float else value for name, value in settings.items()}
         try:
-            return Call(self.name, dataclasses.replace(self.settings, **settings))
+            return Call(self.name, dataclasses.replace(self.settings, **typed))
         except ValueError as error:
             raise SpecError(f"{where}: {error}") from error
 

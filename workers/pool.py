@@ -141,9 +141,7 @@ class RayPool:
         if self.capacity(resources):
             return
         if resources.processes > 1:
-            raise PoolError(
-                f"the cluster lacks {resources.processes} times the {resources} that one trial needs; nodes: {_describe_nodes()}"
-            )
+            raise PoolError(f"the cluster lacks the {resources} that one trial needs; nodes: {_describe_nodes()}")
         raise PoolError(f"no node of the cluster has the {resources} that one trial needs; nodes: {_describe_nodes()}")
 
     def capacity(self, resources: Resources) -> int:

@@ -33,8 +33,11 @@ class Resources:
     def __post_init__(self) -> None:
         for name, least in (("cpus", 0), ("gpus", 0), ("memory_mb", 0), ("processes", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
-                raise SpecError(f"resources: {name} is {value!r}; allowed: numbers from {least}")
+            kinds = int if name in ("memory_mb", "processes") else int | float
+            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < float("inf"):
+                raise SpecError(f"resources: {name} is {value!r}; allowed: {'whole ' if kinds is int else ''}numbers from {least}")
+        if self.processes > 1 and 0 < self.gpus < 1:
+            raise SpecError(f"resources: {self.processes} processes need a GPU each to exchange gradients; gpus is {self.gpus:g}")
         if not isinstance(self.accelerator_type, str):
             raise SpecError(f"resources: accelerator_type is {self.accelerator_type!r}; the name of a GPU is expected, such as 'H100'")
 
@@ -54,7 +57,8 @@ class Resources:
     def __str__(self) -> str:
         parts = [f"{self.cpus:g} CPU", f"{self.gpus:g} GPU", f"{self.memory_mb} MB of memory"]
         parts += [f"an accelerator {self.accelerator_type}"] if self.accelerator_type else []
-        return f"{', '.join(parts[:-1])} and {parts[-1]}"
+        each = f"{', '.join(parts[:-1])} and {parts[-1]}"
+        return each if self.processes == 1 else f"{self.processes} times {each}"
 
 
 def resources_of(calls: Iterable[Call], *, gpus: float = 0.0, processes: int = 1) -> Resources:

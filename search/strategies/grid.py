@@ -18,14 +18,14 @@ Point = tuple[tuple[str, Scalar], ...]
 class Grid:
     """Proposer of the given `points`, in their order, in one round.
 
-    A point that the study holds already is not proposed again, unless every attempt timed out or lost its worker. One instance proposes a
-    point once, so the next start tries those again. A longer list extends the study; a shorter one withdraws the points that it lacks,
-    unless they have begun.
+    A point that the study holds already is not proposed again, unless every attempt met a failure that need not come again: a timeout,
+    a lost worker, too little memory, a missing accelerator. One instance proposes a point once; the next start tries it again. A longer
+    list extends the study, a shorter one withdraws what is no longer in it and has not begun.
     """
 
     def __init__(self, points: Sequence[Mapping[str, Scalar]]):
         self.ended = ""
-        self._points = {_point(params): dict(params) for params in points}
+        self._points = {point_key(params): dict(params) for params in points}
         self._proposed: set[Point] = set()
 
     def next_batch(self, study: optuna.Study) -> list[Mapping[str, Scalar]] | None:
@@ -60,15 +60,16 @@ class Grid:
 
 
 def settles(trial: FrozenTrial) -> bool:
-    """Whether the trial settles its point, or will: a timeout, a lost worker or a withdrawal leaves it open."""
+    """Whether the trial settles its point, or will: a failure that need not come again, or a withdrawal, leaves it open."""
     if trial.state != TrialState.FAIL:
         return True
     return trial.user_attrs.get(RESULT_ATTRIBUTE, {}).get("failure") in DETERMINISTIC_FAILURES
 
 
 def _point_of(trial: FrozenTrial) -> Point:
-    return _point(proposed_point(trial))
+    return point_key(proposed_point(trial))
 
 
-def _point(params: Mapping[str, Scalar]) -> Point:
+def point_key(params: Mapping[str, Scalar]) -> Point:
+    """The point as a key, whatever the order of its axes."""
     return tuple(sorted(params.items()))

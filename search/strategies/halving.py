@@ -18,12 +18,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from results.records import Metric
-from search.strategies.grid import settles
+from search.strategies.grid import Point, point_key, settles
 from search.strategy import proposed_point
 from space.component import Scalar
 from space.registry import SpecError
-
-Point = tuple[tuple[str, Scalar], ...]
 
 
 def rung_sizes(num_points: int, num_rungs: int, reduction: float) -> list[int]:
@@ -38,9 +36,9 @@ class Halving:
     """Proposer of successive halving over `points`, which lack the axis `epochs_axis`.
 
     `rungs` are epochs in rising order, the last one the whole training. Of the points that are complete at a rung, the best
-    1 / `reduction` by `goal`, rounded up, go on. A point that fails takes no further part; the next start tries it again if it timed
-    out or lost its worker. Everything is derived anew from the told trials. Raises SpecError for rungs that do not rise, a reduction
-    of at most 1, or a point that is given twice.
+    1 / `reduction` by `goal`, rounded up, go on. A point that fails takes no further part; the next start tries it again if the failure
+    need not come again, as with a timeout or a lost worker. Everything is derived anew from the told trials. Raises SpecError for rungs
+    that do not rise, a reduction of at most 1, or a point that is given twice.
     """
 
     def __init__(
@@ -58,10 +56,10 @@ class Halving:
             raise SpecError(f"rungs are {list(rungs)}; epochs from 1 are expected, each more than the one before")
         if not 1.0 < reduction < math.inf:
             raise SpecError(f"reduction is {reduction!r}; a number above 1 is expected")
-        if len({_key(point) for point in points}) < len(points):
+        if len({point_key(point) for point in points}) < len(points):
             raise SpecError("a point is given twice")
         self.ended = ""
-        self._points = {_key(point): dict(point) for point in points}
+        self._points = {point_key(point): dict(point) for point in points}
         self._rungs = tuple(rungs)
         self._goal = goal
         self._reduction = reduction
@@ -77,7 +75,7 @@ class Halving:
                 {**self._points[point], self._axis: rung} for point, trial in zip(survivors, held, strict=True) if trial is None
             ]
             if wanted or any(trial is not None and not trial.state.is_finished() for trial in held):
-                self._proposed.update((_key(self._without_axis(point)), rung) for point in wanted)
+                self._proposed.update((point_key(self._without_axis(point)), rung) for point in wanted)
                 return wanted
         self.ended = self._summary(trials)
         return None
@@ -88,18 +86,21 @@ class Halving:
         wanted = {
             place
             for rung, points in zip(self._rungs, self._survivors(self._by_place(study)), strict=False)
-            for place in _places(points, rung)
+            for place in itertools.product(points, [rung])
         }
         return [trial for trial in waiting if self._place(trial) not in wanted]
 
     def num_total(self, study: optuna.Study) -> int:
-        """Trials that will be complete if no further trial fails."""
+        """Trials that will be complete if no further trial fails; those of earlier starts with other points included."""
         trials = self._by_place(study)
         known = self._survivors(trials)
         sizes = [
             sum(not _has_failed(trials.get((point, rung))) for point in points) for rung, points in zip(self._rungs, known, strict=False)
         ]
-        return sum(sizes) + sum(rung_sizes(sizes[-1], len(self._rungs) - len(known) + 1, self._reduction)[1:])
+        places = {place for rung, points in zip(self._rungs, known, strict=False) for place in itertools.product(points, [rung])}
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        others = sum(self._place(trial) not in places for trial in complete)
+        return others + sum(sizes) + sum(rung_sizes(sizes[-1], len(self._rungs) - len(known) + 1, self._reduction)[1:])
 
     def family(self, study: optuna.Study) -> list[FrozenTrial]:
         """The trials of the last rung, the best first."""
@@ -138,7 +139,7 @@ class Halving:
 
     def _place(self, trial: FrozenTrial) -> tuple[Point, int]:
         point = proposed_point(trial)
-        return _key(self._without_axis(point)), point.get(self._axis, 0)
+        return point_key(self._without_axis(point)), point.get(self._axis, 0)
 
     def _without_axis(self, point: Mapping[str, Scalar]) -> dict[str, Scalar]:
         return {name: value for name, value in point.items() if name != self._axis}
@@ -153,14 +154,6 @@ class Halving:
             return f"every point had failed by epoch {self._rungs[len(survivors) - 1]}"
         saved = f"{trained} of {whole} epochs trained, {100 * (1 - trained / whole):.0f} % saved"
         return f"{saved}; {len(survivors[-1])} of {len(self._points)} points went to the end"
-
-
-def _key(point: Mapping[str, Scalar]) -> Point:
-    return tuple(sorted(point.items()))
-
-
-def _places(points: Sequence[Point], rung: int) -> list[tuple[Point, int]]:
-    return [(point, rung) for point in points]
 
 
 def _standing(trial: FrozenTrial | None) -> int:
