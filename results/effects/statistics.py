@@ -125,8 +125,8 @@ def paired_bootstrap(
 def resample(differences: Sequence[np.ndarray], *, seed: int, num_resamples: int = 10_000) -> list[Bootstrap]:
     """The bootstrap of `paired_bootstrap` for each of many (S, N), at little more than the price of one.
 
-    What a resample draws follows from `seed`, S and N alone. Differences of the same shape therefore share one draw and one matrix product,
-    and no result depends on the others. Raises ValueError as `paired_bootstrap`.
+    What a resample draws follows from `seed`, S and N alone. Differences over the same number of images therefore share one draw of images
+    and one matrix product, and no result depends on the others. Raises ValueError as `paired_bootstrap`.
     """
     tables = [_two_way(one) for one in differences]
     if any(D.size == 1 for D in tables):

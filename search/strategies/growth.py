@@ -73,7 +73,7 @@ class Growth:
 
     Everything is derived anew from the told trials of that topology, so growth goes on where it stopped, in the middle
     of a round too; trials of other topologies in the same study are not looked at. A failed or pruned candidate takes
-    no part in its round; the children of a failed seed are still tried, because they need its shape and not its scores.
+    no part in its round; a failed seed still has its children tried, for they need its shape and not its scores.
     `max_params` bounds the real network, not the proxy. The family is the winners within `reported`.
     `ended` says why there is no further round, empty until then.
     """

@@ -86,7 +86,7 @@ def tune(run: RunSettings) -> Study:
 
 
 def recipe_space(options: TuneOptions, seed: int) -> SearchSpace:
-    """Recipes, and the epochs after which their trainings are compared."""
+    """Recipes, and after how many epochs their training is looked at."""
     model = catalog.resolve(options.model)
     base = Recipe(epochs=options.epochs, seed=seed, batch_size=options.batch_size, lr=options.lr)
 
