@@ -25,17 +25,17 @@ def attach_leaderboard(tracker: MlflowTracker) -> StudyReport:
         leaderboard.write_png(report.results, folder / "leaderboard.png")
         try:
             _write_effects(report.effects, folder)
-        except Exception as error:  # whatever is wrong with the effects, the measurements stand
+        except Exception as error:  # the measurements are shown even if the effects cannot be
             report = report.without_effects(error)
         tracker.attach(description=markdown(report), files=sorted(folder.iterdir()))
     return report
 
 
 def _write_effects(effects: Sequence[Effects], folder: Path) -> None:
-    """Of each design: tables of effects and levels, the design, the forest plot and the robustness curves of each factor.
+    """Write the files of each design: tables of effects and levels, the design, the forest plot, the robustness curves of each factor.
 
-    The names of the first design are plain, those of the others end in their phase; with several factors, those of the curves
-    end in the factor.
+    The files of the first design have plain names; those of the other designs end in their phase. With several factors, the names of the
+    curves end in the factor.
     """
     for index, one in enumerate(effects):
         suffix = f"_{one.phase}" if index else ""

@@ -1,7 +1,7 @@
 """Robustness curves: the accuracy of a network over the levels of a corruption.
 
-A curve is `(levels, accuracy)`: levels `(L,)`, the first that of the clean image, and accuracy `(S, L)` in percent, a row for each seed.
-Levels are percent of the cells, and for the permutation log2 of the number of tiles.
+A curve is `(levels, accuracy)`: levels `(L,)`, the first of them the clean image, and accuracy `(S, L)` in percent, a row for each seed. A
+level is a percentage of the cells; for the permutation it is log2 of the number of tiles.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CONFIDENCE = 0.95
 
 
 def read_curves(paths: Sequence[Path]) -> dict[str, Curve]:
-    """The curves in the `robustness.npz` of each seed of a network; raises ValueError if they are of different levels."""
+    """The curves in the `robustness.npz` of each seed of a network; raises ValueError if their levels differ."""
     curves: dict[str, Curve] = {}
     for name in CURVE_NAMES:
         levels, accuracy = [], []

@@ -90,9 +90,9 @@ class _OpenRun:
 class MlflowTracker:
     """Writes to MLflow's store or server behind `uri`.
 
-    Making one closes (KILLED) what dead invocations left RUNNING; a trial that is then opened again goes on in its own run,
-    moved under the new parent, so that a parent lists the trials that ended under it. `artifact_root` counts for a store
-    without a server, default `mlflow-artifacts` beside a sqlite file; a server chooses its own. `invocation` holds the
+    A new tracker sets the runs that dead invocations left RUNNING to KILLED. A trial that is opened again continues in its own run,
+    which moves under the new parent: a parent lists the trials that ended under it. `artifact_root` is used for a store without a
+    server (default: `mlflow-artifacts` beside a sqlite file); a server chooses its own. `invocation` holds the
     settings of the parent run, `command` among them if known; `objectives` the metrics of each phase that decide its rank.
     `designs` is the JSON, by phase, of what will be tested: it stands in the parent run before the first trial does.
     `study_id` tells this study from others of its name: ValueError is raised if the experiment holds one of those.

@@ -54,16 +54,16 @@ class RunPaths:
         return self.study_dir(study_name) / _file_name(phase) / f"{number:06d}"
 
     def lock(self, study_name: str) -> Path:
-        """Held by the one driver of the study."""
+        """The lock that the one driver of the study holds."""
         return self.root / f"{_file_name(study_name)}.lock"
 
     def archiving(self, study_name: str) -> Path:
-        """Exists while the study is being set aside under a dated name."""
+        """The file that exists while the study is being set aside under a dated name."""
         return self.root / f"{_file_name(study_name)}.archiving.json"
 
 
 def journal_lock(journal: Path, study_name: str) -> Path:
-    """Held by the one driver of the study in this journal, which several runs directories may share."""
+    """The lock that the one driver of the study holds in this journal, which several runs directories may share."""
     journal = journal.resolve()
     return journal.with_name(f"{journal.name}.{_file_name(study_name)}.lock")
 
@@ -74,7 +74,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown."""
+    """The URL with its password replaced by `***`."""
     password = urlsplit(url).password
     return url.replace(f":{password}@", ":***@") if password else url
 

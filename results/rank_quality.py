@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TRIVIAL_METRICS = ("length_distortion_closed_form", "closed_form", "params_m", "gmacs", "depth")
-"""What a topology costs nothing to know: an expensive score is worth its price for what it says beyond these."""
+"""Numbers of a topology that cost nothing to know. An expensive score is worth its price only if it says more than these."""
 
 MAX_BOOTSTRAP_POINTS = 1000
 
@@ -46,7 +46,7 @@ def kendall_tau(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray
 
 
 def partial_kendall_tau(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, z: Sequence[float] | np.ndarray) -> float:
-    """Agreement of x and y with what both share with z removed; nan if z orders one of them perfectly."""
+    """Agreement of x and y after the part that both share with z is removed; nan if z orders one of them perfectly."""
     xy, xz, yz = kendall_tau(x, y), kendall_tau(x, z), kendall_tau(y, z)
     remaining = (1 - xz**2) * (1 - yz**2)
     return (xy - xz * yz) / math.sqrt(remaining) if remaining > 1e-12 else math.nan

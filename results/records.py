@@ -28,12 +28,15 @@ UNITS = {
     "_params_m": "millions",
     "_gmacs": "GMAC",
 }
-"""The unit that the last words of a metric's name state, the first that fits. An `_auc` is the mean accuracy over a curve."""
+"""The unit of a metric by the ending of its name; the first ending that fits counts. An `_auc` is the mean accuracy over a curve."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured quantity: `goal` says which way is better; `unit` follows from the name where it is not given, "" where neither says."""
+    """A measured quantity: `goal` says which way is better.
+
+    A `unit` that is not given follows from the name, and is "" if the name states none.
+    """
 
     name: str
     goal: Goal

@@ -38,5 +38,5 @@ def load_report(uri: str, study_name: str) -> StudyReport:
         return report
     try:
         return replace(report, effects=load_effects(runs))
-    except Exception as error:  # whatever is wrong with the effects, the measurements stand
+    except Exception as error:  # the measurements are shown even if the effects cannot be
         return report.without_effects(error)

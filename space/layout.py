@@ -18,7 +18,7 @@ from space.spec import ArchSpec, BlockSpec, Component, full_choices
 class Part(NamedTuple):
     """One component in its place: `path` is its module's name in the built network.
 
-    `tap` is what a mixer is asked for beside its tokens, by the token reduction after it.
+    `tap` is the attention that a mixer must give beside its tokens, for the token reduction after it.
     """
 
     path: str
@@ -68,7 +68,7 @@ def groups(spec: ArchSpec) -> Iterator[tuple[str, Group]]:
     for index, stage in enumerate(spec.stages):
         for number, block in enumerate(stage.blocks):
             where = f"stages.{index}.blocks.{number}."
-            # The same block again on the same shape: most of a deep stage, and dearer to look up than to compare.
+            # Most blocks of a deep stage repeat the one before on the same shape, and a comparison is cheaper than a look-up.
             if number == 0 or block is not stage.blocks[number - 1] or group.output_shape is not group.parts[0].shape:
                 try:
                     group = _block_group(block, spec.norm, group.output_shape)

@@ -60,7 +60,7 @@ class ModelKind(ABC, Generic[M]):
 
     @abstractmethod
     def examples(self) -> tuple[M, ...]:
-        """Small models of this kind, of 3 channels or 1 and at most 64 pixels, by which the contract tests know it."""
+        """Small models of this kind, of 3 channels or 1 and at most 64 pixels, on which the contract tests run."""
 
     @abstractmethod
     def from_json(self, data: Mapping[str, Any]) -> M:
@@ -178,8 +178,10 @@ def require_arch(model: Model, what: str) -> ArchSpec:
 
 
 def decay_exempt(model: nn.Module) -> set[str]:
-    """Names of the parameters that get no weight decay: norms, biases and whatever else has one dimension, exponents of pooling
-    among them, and what a module, ours or timm's, names in `no_weight_decay`: position tables, class and register tokens.
+    """Names of the parameters without weight decay.
+
+    They are those of one dimension (norms, biases, exponents of pooling) and those that a module, ours or timm's, names in
+    `no_weight_decay` (position tables, class and register tokens).
     """
     ndims = {name: parameter.ndim for name, parameter in model.named_parameters()}
     return {name for name, ndim in ndims.items() if ndim <= 1} | (_named_by(model, "no_weight_decay") & ndims.keys())
@@ -191,7 +193,7 @@ def exponent_parameters(model: nn.Module) -> set[str]:
 
 
 def _named_by(model: nn.Module, method: str) -> set[str]:
-    """The names that modules give to parameters of theirs by `method()`, as names in the whole model."""
+    """The parameters that modules name by `method()`, by their names in the whole model."""
     names: set[str] = set()
     for path, module in model.named_modules():
         if hasattr(module, method):

@@ -22,15 +22,15 @@ class Recipe:
     """Optimizer, schedule, regularisation and augmentation of one training; the data set is the trial's.
 
     `batch_size` counts images per optimizer step, over all devices and accumulated parts. `lr` and `weight_decay` are AdamW's:
-    Lion divides the one and multiplies the other by `lion_scale`, so their product stays (https://arxiv.org/abs/2302.06675,
+    Lion divides `lr` and multiplies `weight_decay` by `lion_scale`, so their product stays (https://arxiv.org/abs/2302.06675,
     section 5), and exponents of pooling learn `exponent_lr_scale` times as fast. `warmup_epochs` of linear warm-up lead to a
     cosine that ends at `min_lr`. Zero turns off `clip_grad_norm`, `ema_decay`, `label_smoothing`, `random_erasing`.
 
     `crop` pads by an eighth and crops back (`pad`) or takes a random part of random shape (`resized`); it crops the stored square, or
-    the full image when streaming. `randaugment` is a timm configuration string such as `rand-m9-mstd0.5-inc1`. `mixing` is `none` or
-    the name of a registered one, which whoever trains looks up. `mixing_grids` are the cells per side that a grid mixing draws from,
-    empty for the method's own; `mixing_reference` follows the released code where it differs from the paper's idea. `precision` is
-    that of the forward pass, `auto` bf16 on a GPU that has it.
+    the full image when streaming. `randaugment` is a timm configuration string such as `rand-m9-mstd0.5-inc1`. `mixing` is `none` or the
+    name of a registered mixing, which the training looks up. `mixing_grids` are the cells per side that a grid mixing draws from, empty for
+    the method's own; `mixing_reference` follows the released code where it differs from the paper's idea. `precision` is that of the
+    forward pass; `auto` is bf16 on a GPU that has it, else fp32.
     """
 
     epochs: int

@@ -29,7 +29,7 @@ class SpecError(ValueError):
 
 
 def unknown_name(what: str, name: str, known: Iterable[str], where: str = "") -> SpecError:
-    """The error for a name that is not there: the name, the nearest ones, all that are known, and where it stood."""
+    """The error for an unknown name: it says the name, where it stood, the nearest names and all known ones."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ";"

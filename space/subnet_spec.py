@@ -1,7 +1,7 @@
 """A subnet as a value: `SubnetSpec`, an architecture cut out of a supernet. Importing it imports no torch.
 
-Two subnets of equal shape that keep different blocks are two models: they inherit different weights from their supernet, so that
-a score of the one is none of the other.
+Two subnets of equal shape that keep different blocks are two models: they inherit different weights from their supernet, so a score of one
+is not a score of the other.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SubnetSpec:
             _check_part(where, kind, ours, theirs)
 
     def _pairs(self) -> Iterator[tuple[str, str, Component | None, Component | None]]:
-        """Every component of `arch` with its origin in the supernet: where it stands, its kind, both."""
+        """Every component of `arch` with its origin in the supernet: the place, the kind, and the two components."""
         for kind in ("patch_embed", "prefix", "position", "norm", "pooling", "head"):
             yield kind, kind, getattr(self.arch, kind), getattr(self.supernet, kind)
         for index, (ours, theirs) in enumerate(zip(self.arch.stages, self.supernet.stages, strict=True)):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def build_timm(spec: TimmSpec, *, seed: int, drop_path: float = 0.0) -> nn.Module:
     """The network on the CPU, in training mode, its weights drawn as timm draws them from a stream of `seed`.
 
-    PyTorch's global generators are left as they were. Raises SpecError for what timm has not or cannot build.
+    PyTorch's global generators are left as they were. Raises SpecError for a model that timm does not have or cannot build.
     """
     import torch
 

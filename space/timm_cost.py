@@ -103,7 +103,7 @@ def _shares(model: nn.Module, totals: Callable[[], tuple[int, int]]) -> dict[str
 
 
 class _ElementwiseMacs(TorchFunctionMode):
-    """Sums what fvcore counts of norms and adaptive pooling: so much for each element that comes in."""
+    """Sums what fvcore counts of norms and adaptive pooling: a fixed count for each input element."""
 
     macs = 0
 

@@ -1,7 +1,7 @@
 """The network of a spec: `VisionTransformer`, its construction, its initial weights and timm's weights.
 
-Module names are the paths of `layout`: `stages.0.blocks.1.mixer`. The model knows the kinds of components and their order and
-no component by name.
+Module names are the paths of `layout`: `stages.0.blocks.1.mixer`. The model knows the kinds of components and their order, but no component
+by name.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ def build(spec: ArchSpec, *, generator: torch.Generator | None = None, drop_path
 def build_seeded(
     spec: ArchSpec, *, seed: int, drop_path: float = 0.0, origin: Callable[[str], str] = lambda path: path
 ) -> VisionTransformer:
-    """As `build`, every module's weights drawn from a stream named by `seed` and the module's path in the network.
+    """As `build`, but every module's weights are drawn from a stream named by `seed` and the module's path in the network.
 
-    `origin` maps a path to the one that names its stream: of a network cut out of another, the path that the module had there.
+    `origin` maps a path to the one that names its stream: in a network cut out of another, the path that the module had there.
     """
     model = _uninitialized(spec, drop_path)
     initialize_by_path(model, lambda path, _: torch.Generator().manual_seed(stream(seed, "weights", origin(path))))
@@ -184,7 +184,7 @@ def initialize(model: nn.Module, generator: torch.Generator | None) -> None:
 
 
 def initialize_by_path(model: nn.Module, generator_of: Callable[[str, nn.Module], torch.Generator]) -> None:
-    """`initialize`, each module that has weights of its own by the generator of its path: no draw depends on another module's."""
+    """`initialize`, but each module with weights of its own draws from the generator of its path: no draw depends on another module."""
     # Inner modules first, as in `initialize`.
     for path, module in reversed(list(model.named_modules())):
         if hasattr(module, "init_weights") or next(module.parameters(recurse=False), None) is not None:

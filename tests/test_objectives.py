@@ -144,7 +144,7 @@ def test_what_an_exchanged_module_takes_over_has_its_moments_and_its_average_and
 def test_a_change_to_another_shape_is_refused_and_changes_nothing():
     learner = learner_with_moments(Recipe(epochs=2))
     before = bits(learner.module)
-    with pytest.raises(ValueError, match=r"1.bias has shape \(8,\), what comes from 1.bias has \(4,\)"):
+    with pytest.raises(ValueError, match=r"1.bias has shape \(8,\), but its origin 1.bias gives \(4,\)"):
         learner.transform({"1.weight": lambda tensor: tensor.flip(0), "1.bias": lambda tensor: tensor[:4]})
     assert bits(learner.module) == before
 

@@ -44,13 +44,13 @@ class Draws:
     """`(M, 4)` int64: top, left, bottom, right of the erased box; all zeros where nothing is erased."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Draws:
-        """The same change of every column: other rows of it, or another device."""
+        """The draws with `change` applied to every column, such as a selection of rows or a move to a device."""
         columns = vars(self).items()
         return Draws(**{name: None if column is None else change(column) for name, column in columns})
 
 
 def draw(recipe: Recipe, epoch: int, *, num_images: int, img_size: int) -> Draws:
-    """The random numbers of an epoch for all M images; row i is that of image i, in whatever batch the image is."""
+    """The random numbers of an epoch for all M images; row i belongs to image i, whatever its batch."""
     uniform = np.random.default_rng(stream(recipe.seed, "augment", epoch)).random((num_images, 3))
     margin = img_size // 8
     shift = np.floor(uniform[:, :2] * (2 * margin + 1)).astype(np.int64) - margin
@@ -64,7 +64,7 @@ def draw(recipe: Recipe, epoch: int, *, num_images: int, img_size: int) -> Draws
 def _draw_boxes(recipe: Recipe, epoch: int, num_images: int, img_size: int) -> np.ndarray:
     """Random Erasing Data Augmentation, https://arxiv.org/abs/1708.04896, algorithm 1, with the ranges of timm's RandomErasing.
 
-    The paper repeats until a box fits and timm tries ten times; here four boxes are drawn, and none fits in less than 1 % of cases.
+    The paper repeats until a box fits and timm tries ten times. Here four boxes are drawn; in less than 1 % of cases none of them fits.
     """
     # A stream of its own: erasing changes neither the shifts nor the flips.
     uniform = np.random.default_rng(stream(recipe.seed, "erase", epoch)).random((num_images, 3 + 2 * ERASING_ATTEMPTS))

@@ -38,18 +38,18 @@ class Batch(NamedTuple):
 
 
 class TrainingBatches:
-    """The batches of one of `world_size` processes: of each global batch of the recipe, every `world_size`-th image from the `rank`-th.
+    """The batches of one process: it takes every `world_size`-th image of each global batch of the recipe, starting at the `rank`-th.
 
     The last incomplete batch of an epoch is left out. A set smaller than a batch is one batch, cut so that each process gets an even
-    number per accumulation part. Raises ValueError where there are none, or the batch cannot be shared evenly.
+    number per accumulation part. Raises ValueError if train has too few images, or if the batch cannot be shared evenly.
     """
 
     num_steps: int
     """Optimizer steps per epoch."""
     images_per_step: int
-    """Over all processes."""
+    """Images per optimizer step, over all processes."""
     wait_s: float
-    """Time from asking for a batch to having it, summed over all batches. On a GPU it holds the launch of a gather, not its run time."""
+    """Time from asking for a batch to having it, summed over all batches. On a GPU it includes the launch of a gather, not its run time."""
 
     def __init__(self, dataset: DataSet, recipe: Recipe, *, device: str, rank: int = 0, world_size: int = 1, num_workers: int = 0):
         num_shares = world_size * recipe.num_accumulation

@@ -43,7 +43,7 @@ class _Hashing:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write the state after `step` steps and remove all but the last two up to there; returns the new file."""
+    """Write the state after `step` steps, remove all but the last two checkpoints up to that step, and return the new file."""
     with _appearing_whole(folder) as (file, name_it):
         hashing = _Hashing(file)
         torch.save(state, cast("BinaryIO", hashing))
@@ -54,9 +54,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def link_checkpoints(source: Path, folder: Path) -> None:
-    """Make the checkpoints in `source` those of `folder` too: as hard links, as copies where the file system has none.
+    """Put the checkpoints of `source` into `folder` too: as hard links, or as copies where the file system has no hard links.
 
-    Nothing in `source` changes. One that is gone, or vanishes meanwhile, is left out; a damaged one shows itself when it is read.
+    Nothing in `source` changes. A checkpoint that vanishes meanwhile is left out; a damaged one is found when it is read.
     """
     for path in _checkpoints(source):
         target = folder / path.name
@@ -74,10 +74,10 @@ def link_checkpoints(source: Path, folder: Path) -> None:
 
 
 def latest_checkpoint(folder: Path, warn: Callable[[str], None], *, up_to: int | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, of those after at most `up_to` steps, with its state on the CPU; None if there is none.
+    """The newest intact checkpoint after at most `up_to` steps, with its state on the CPU; None if there is none.
 
-    A damaged one is named to `warn`, set aside, and the one before it is used. For the one process that writes to `folder`, before
-    it writes: what a killed one left half-written is removed.
+    A damaged checkpoint is named to `warn` and set aside, and the one before it is used. Files that a killed process left half-written are
+    removed. Only the process that writes to `folder` may call this, and only before it writes.
     """
     for unfinished in folder.glob(f"{UNFINISHED}*"):
         unfinished.unlink()
@@ -116,7 +116,7 @@ def _checkpoints(folder: Path, up_to: int | None = None) -> list[Path]:
 
 @contextmanager
 def _appearing_whole(folder: Path) -> Iterator[tuple[BinaryIO, Callable[[str], Path]]]:
-    """A file to write to and the function that, when it is written, gives it its name; without a name it is removed."""
+    """A temporary file, and the function that gives the written file its name. A file that gets no name is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{UNFINISHED}{uuid.uuid4().hex}"
     with temporary.open("xb") as file:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TENTHS = np.array([0, 0, 0, 0, 2, 0, 0, 1, 0, 2])
-"""Which of train, val and test every tenth image goes to; spread, so that a class of two is already trained on."""
+"""The part of each of ten images in turn: 0 train, 1 val, 2 test. No neighbours are both outside train: a class of two has one there."""
 TENTH_FOR_VAL = np.array([0, 0, 0, 0, 0, 0, 0, 1, 0, 0])
 
 
@@ -158,7 +158,7 @@ def check_source(source: str, *, num_images: int = 1) -> str:
 def fingerprint(source: str, *, cache: Path | None = None) -> str:
     """The identity of the data: `digits`, or the scheme and 16 hex digits over the names and the bytes of its files.
 
-    Equal contents have it wherever they lie. The bytes of a file are read once for each of its states
+    Equal contents have equal identities, wherever they lie. The bytes of a file are read once for each of its states
     (`workers/file_hashes.py`); `cache` is a folder in which later processes find the hashes, None keeps them in memory alone. The work
     for 50,000 files of 1 kB takes 2.5 s, with the hashes from the cache 2.2 s (`tests/benchmarks/bench_data.py`); large files are hashed
     at 1.7 GB/s, if the disk is as fast.

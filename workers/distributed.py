@@ -1,6 +1,6 @@
 """Several processes, one device each, do one thing together: Ray Train starts them, and each runs what one process would run alone.
 
-The task that calls this holds no CPU and no GPU of its own: with one, it would wait for ever for workers that wait for it.
+The task that calls this holds no CPU and no GPU of its own: it would wait for ever for workers that wait for what it holds.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _run_in_task(function: Callable[[], dict[str, Any]], num_threads: int) -> di
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Set the CPU threads of this process: a reused worker keeps the setting of its last job, and it decides the last bits of a sum."""
+    """Set the CPU threads of this process: a reused worker keeps that of its last job, and threads decide the last bits of a sum."""
     import torch
 
     torch.set_num_threads(num_threads)
@@ -90,7 +90,7 @@ def set_num_threads(num_threads: int) -> None:
 
 
 def in_processes(function: Callable[[Process], Mapping[str, Any]], resources: Resources, workdir: Path) -> dict[str, Any]:
-    """What `function` returns, a JSON object, in the first of `resources.processes` processes that run it together.
+    """Run `function` in `resources.processes` processes together; return rank 0's result, a JSON object.
 
     Call it from a task of the cluster; `workdir` must be a folder that all nodes share. When a process dies all begin again, at most
     three times, so `function` should go on from a checkpoint. Raises EvaluationError with the reason if it fails in any of them.
@@ -165,7 +165,7 @@ def _run_as_one_of_many(config: dict[str, Any]) -> None:
 
 
 def _is_loss_of_another(error: Exception) -> bool:
-    """Whether a process ended because one that it computes with had ended before."""
+    """Whether a process ended because another process of the same trial had ended first."""
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error)

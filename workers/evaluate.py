@@ -33,10 +33,10 @@ POISONED_DEVICE = ("illegal memory access", "device-side assert", "unspecified l
 class Job:
     """What a worker is sent: a candidate, how it is measured, and where its files go.
 
-    `data_fingerprint` stands for the contents behind `data` in the measurement's identity, and `data_cache` is the folder of the
-    hashes it was made from. `earlier` holds trials of earlier phases,
-    best first. `continues` is the work directory of an earlier trial of the same training, which this one may go on from; it saves
-    time and changes no number. `time_limit_s` is enforced by the pool, which can end a worker that hangs in native code.
+    `data_fingerprint` stands for the contents behind `data` in the measurement's identity; `data_cache` is the folder of the hashes it was
+    made from. `earlier` holds trials of earlier phases, best first. `continues` is the work directory of an earlier trial of the same
+    training, which this one may go on from; it saves time and changes no number. `time_limit_s` is enforced by the pool, which can end a
+    worker that hangs in native code.
     """
 
     trial: int
@@ -90,7 +90,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Stop:
-    """A training, by the key it would have if it went to its end, and the point at which a trial of it stops; infinite: its end."""
+    """A training, named by the key of its full length, and the point at which this trial of it stops; infinity is the end."""
 
     training: str
     at: float
@@ -212,4 +212,4 @@ def _check(call: Call, measured: Mapping[str, float], before: Mapping[str, float
         if not math.isfinite(value):
             raise EvaluationError("non_finite", f"{name} is {value}")
         if before.get(name, value) != value:
-            raise EvaluationError("error", f"evaluator {call.name!r} measured {name} {value}, and one before it {before[name]}")
+            raise EvaluationError("error", f"evaluator {call.name!r} measured {name} {value}; an earlier evaluator measured {before[name]}")

@@ -5,8 +5,8 @@
 
 It may raise `EvaluationError` with a failure kind; anything else it raises is recorded as `error` with its traceback.
 Equal calls give equal bits: it may depend on nothing but the model, the settings, the data, the seed and the number
-of threads. One that measures time cannot promise that, and says so with `is_deterministic=False`; what it measured is
-never reused for an equal candidate.
+of threads. An evaluator that measures time cannot promise that and declares `is_deterministic=False`; its measurements are never reused for
+an equal candidate.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Context:
     `data` names the images; `dataset` holds all of them for an evaluator that declares `needs_dataset`. `workdir` outlives a lost
     worker; what an evaluator leaves in its folder `artifacts` goes to MLflow with the trial. `earlier` holds the trials of earlier
     phases that the phase needs, best first; `continues` is the work directory of an earlier trial of the same training, to go on
-    from. With `processes` above 1 the evaluator coordinates so many, each on a `device` of its
-    own, and computes nothing on this process's.
+    from. With `processes` above 1 the evaluator coordinates that many processes, each on a `device` of its own, and computes nothing
+    itself.
     """
 
     seed: int
@@ -120,13 +120,13 @@ Function = Callable[[Model, Context, Any], Mapping[str, float]]
 class Evaluator:
     """A registered function with what it measures and what it needs.
 
-    `is_free` marks one that costs microseconds and needs no image: a study of nothing else needs no cluster. `subject` says which
-    network of a candidate it looks at: the real one that is reported, or the proxy that is scored in its place. `needs_dataset`
-    asks for the whole labelled set, which workers share, where `uses_data` alone means a sample it loads by itself. One that
-    `uses_processes` spreads its work over those of the trial (`workers.distributed.on_devices`); any other is run by one of them.
-    Two trials that differ in nothing but the setting named by `continued_by` are one training, stopped at different points: the later
-    may go on from the files of the earlier. `check(model, recipe, settings)` raises SpecError for what it could never measure, and is
-    called before anything is measured.
+    `is_free` marks one that costs microseconds and needs no image: a study of free evaluators alone needs no cluster. `subject` says which
+    network of a candidate it looks at: the real one that is reported, or the proxy that is scored in its place. `needs_dataset` asks for
+    the whole labelled set, which workers share; `uses_data` alone means that the evaluator loads a sample itself. An evaluator that
+    `uses_processes` spreads its work over the processes of the trial (`workers.distributed.on_devices`); any other runs in one of them. Two
+    trials that differ in nothing but the setting named by `continued_by` are one training, stopped at different points: the later may go on
+    from the files of the earlier. `check(model, recipe, settings)` is called before anything is measured, and raises SpecError for what the
+    evaluator could never measure.
     """
 
     name: str
@@ -184,10 +184,10 @@ class Call:
         return evaluators.get(self.name)
 
     def to_json(self) -> dict[str, Any]:
-        """Without the settings that change no number, `field(metadata={"changes_numbers": False})`.
+        """The name and the settings, without those that change no number: `field(metadata={"changes_numbers": False})`.
 
-        A setting that came after the first measurements, `field(metadata={"added_later": True})`, stands there only if it differs
-        from its default: what was measured before keeps its key.
+        A setting that was added after the first measurements, `field(metadata={"added_later": True})`, is included only if it differs from
+        its default: earlier measurements keep their keys.
         """
         values = {
             each.name: getattr(self.settings, each.name) for each in dataclasses.fields(self.settings) if _is_told(each, self.settings)

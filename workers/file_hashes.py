@@ -1,8 +1,8 @@
 """The identity of files by their contents: a hash of the bytes, read once for each state of a file.
 
 The state of a file is what `stat` tells of it: size, mtime, ctime and inode. A file that was written less than `SETTLED_S` ago
-is read every time, as it may change once more without another time stamp (git calls such an entry of its index racy). The limit of
-this: a change that keeps all four is not seen. Setting back the mtime is not one, because the ctime moves.
+is read every time, as it may change once more without another time stamp (git calls such an entry of its index racy). There is one limit: a
+change that keeps all four is not seen. A change whose mtime is set back is seen, because the ctime moves.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ _hashed: _Hashes = {}
 def hash_files(files: Iterable[File], store: Path | None = None) -> list[str]:
     """32 hex digits of each file's SHA-256, `UNREADABLE` for one that cannot be read.
 
-    A file is read only if its state is new to `store`, a JSON file that is made if needed, or to this process where there is none.
-    Processes may share a store: each replaces it whole, and what one of them loses by that is read again.
+    A file is read only if its state is new to `store`, a JSON file that is made if needed; without a store, to this process. Processes may
+    share a store: each replaces the whole file, and a hash that is lost this way is computed again.
     """
     now_ns = time.time_ns()
     known = _hashed if store is None else _load(store)

@@ -1,4 +1,4 @@
-"""What a trained network says of images: logits, and the two numbers made of them."""
+"""The outputs of a trained network: logits, top-1 accuracy and negative log-likelihood."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def predict(
 ) -> np.ndarray:
     """Logits `(len(indices), num_classes)`, float32, of the un-augmented images in the order of `indices`.
 
-    Taken in evaluation mode, in which the network is left as it was found.
+    The network runs in evaluation mode; the modes of its modules are restored.
     """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()

@@ -18,8 +18,8 @@ from space.recipe import Recipe
 class Origin:
     """Where a parameter or buffer of a new module comes from: the one called `name` in the old module.
 
-    `change(old, fresh)` is the new tensor. `fresh` is what it would be without an origin: the new module's own, zeros for a moment.
-    Four rows more, for example, are `torch.cat([old, fresh[-4:]])`, which begin with the module's weights and without momentum.
+    `change(old, fresh)` is the new tensor. `fresh` is the tensor without an origin: the new module's own, or zeros for a moment. For
+    example, `torch.cat([old, fresh[-4:]])` adds four rows, which begin with the new module's weights and without momentum.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Learner:
         self._schedule.step_update(step)
 
     def update(self, num_steps: int) -> None:
-        """Move parameters by their gradients, which are then None, and the average after them; `num_steps` counts this one too.
+        """Take an optimizer step, set the gradients to None and update the moving average; `num_steps` includes this step.
 
         A parameter without gradient is left alone, and so are its moments: it neither decays nor goes on by momentum.
         """
@@ -73,10 +73,10 @@ class Learner:
         self._take_over(self, {name: Origin(name, lambda old, fresh, change=change: change(old)) for name, change in changes.items()})
 
     def exchanged(self, module: nn.Module, origins: Mapping[str, Origin]) -> Learner:
-        """A learner of another module. Each parameter and buffer named in `origins` is what its origin makes of the old one, and so
-        are its moments and its moving average; all others are as `module` has them and begin without moments.
+        """A learner of another module. The origin of a parameter or buffer named in `origins` makes the new tensor, its moments and its
+        moving average from the old ones. All others are those of `module` and begin without moments.
 
-        Raises ValueError for a changed tensor that has not the shape of the new one.
+        Raises ValueError for a changed tensor whose shape is not that of the new one.
         """
         device = next(self.module.parameters()).device
         learner = Learner(module.to(device), self._recipe, self._steps_per_epoch)
@@ -101,7 +101,7 @@ class Learner:
             self._average.module.load_state_dict(state["average"])
 
     def _begin_momentum(self) -> None:
-        """Zeros for what SGD touches later than other parameters: its fused kernel takes all momenta of a group or none."""
+        """Give zero momentum to parameters that SGD touches later than others: its fused kernel takes all momenta of a group or none."""
         if isinstance(self.optimizer, torch.optim.SGD) and self.optimizer.state:
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
@@ -145,7 +145,7 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         groups.setdefault((decay, scale), []).append(parameter)
     # timm's schedulers multiply the rate of a group by its "lr_scale".
     params: Any = [{"params": params, "weight_decay": decay, "lr_scale": scale} for (decay, scale), params in groups.items()]
-    # timm's LAMB clips by itself unless told not to, which is the recipe's to say.
+    # timm's LAMB clips gradients unless told not to; clipping is for the recipe to say.
     own: dict[str, dict[str, Any]] = {"adamw": {"fused": True}, "sgd": {"fused": True}, "lamb": {"max_grad_norm": None}}
     return optim.create_optimizer_v2(  # type: ignore[reportPrivateImportUsage]
         params, opt=recipe.optimizer, lr=recipe.optimizer_lr, momentum=0.9, **own.get(recipe.optimizer, {})
@@ -185,5 +185,5 @@ def _is_moment(key: str, value: Any, parameter: Tensor) -> bool:
 def _new(name: str, origin: Origin, old: Tensor, fresh: Tensor) -> Tensor:
     new = origin.change(old.detach(), fresh.detach()).clone()
     if new.shape != fresh.shape:
-        raise ValueError(f"{name} has shape {tuple(fresh.shape)}, what comes from {origin.name} has {tuple(new.shape)}")
+        raise ValueError(f"{name} has shape {tuple(fresh.shape)}, but its origin {origin.name} gives {tuple(new.shape)}")
     return new

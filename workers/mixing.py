@@ -6,7 +6,7 @@
         def of(cls, recipe, *, img_size, patch_size): ...
 
 Each is one file of `workers/mixings`. Every method weighs two labels per image, lam for its own and 1 - lam for its partner's.
-`recipe.mixing_reference` does as the released code, the default what it means to do:
+`recipe.mixing_reference` follows the released code; the default does what the paper means:
 
     released code                                         default
     k = ceil(r n): k = n, nothing mixed, once in n        k uniform in 1..n-1: always mixed and E[lam] = 1/2,
@@ -47,7 +47,7 @@ CountRule = Literal["ceil", "round", "uniform"]
 class Mixed:
     """A mixed batch: pixels and label of image i are its own for a share `lam[i]`, and of image `partner[i]` for the rest.
 
-    A batch that was left as it is holds the very tensor that was given, lam 1 and no mask; an image that is its own partner has lam 1.
+    An unmixed batch holds the given tensor itself, lam 1 and no mask. An image that is its own partner has lam 1.
     """
 
     images: Tensor
@@ -57,7 +57,7 @@ class Mixed:
     lam: Tensor
     """(B,) float32: the own image's share of the area."""
     mask: Tensor | None = None
-    """(B, g, g) bool, true where a cell is the own image's or would be, had it a partner; None for Mixup and CutMix."""
+    """(B, g, g) bool, true where a cell shows the image itself, and anything if it is its own partner. None for Mixup and CutMix."""
     cell_size: int = 1
     """Pixels per side of a cell of the mask; those at the right and lower border may be cropped."""
 
@@ -111,8 +111,8 @@ def make_mixer(recipe: Recipe, *, img_size: int, patch_size: int | None, num_pro
 class GridMixing(Mixer):
     """Mixing by the cells of a grid with a random permutation of the batch; what Patch Mixing and MaskMix share.
 
-    A batch has one cell size of `cell_sizes`, equally likely, and one number k of cells, by `rule` from r ~ Beta(1, 1); an image
-    has its own random k cells, which are filled by the `drawn` image.
+    A batch draws one cell size of `cell_sizes`, equally likely, and one number k of cells, by `rule` from r ~ Beta(1, 1). Each image draws
+    k cells of its own, which show the `drawn` image.
     """
 
     cell_sizes: tuple[int, ...]
@@ -158,8 +158,8 @@ def draw_uniform(generator: torch.Generator) -> float:
 def cell_count(r: float, n: int, rule: CountRule) -> int:
     """The number k of n cells for r in [0, 1) drawn uniformly.
 
-    `ceil`: uniform in 1..n. `uniform`: uniform in 1..n-1. `round`: the nearest to r n in 1..n-1, whose ends are half as likely
-    again as the rest. The last two are symmetric, so that E[k] = n / 2.
+    `ceil`: uniform in 1..n. `uniform`: uniform in 1..n-1. `round`: the nearest to r n in 1..n-1; both ends are 1.5 times as likely as the
+    other counts. The last two are symmetric, so that E[k] = n / 2.
     """
     if rule == "round":
         return min(max(math.floor(r * n + 0.5), 1), n - 1)
@@ -205,7 +205,7 @@ def mixed_loss(logits: Tensor, labels: Tensor, partner: Tensor, lam: Tensor, lab
 
 @contextmanager
 def numpy_seeded(seed: int) -> Iterator[None]:
-    """numpy's global generator seeded by 64 bits, and afterwards as it was: timm draws from no other. Not for concurrent threads."""
+    """Seed numpy's global generator, the only one that timm draws from, and restore its state at the end. Not for concurrent threads."""
     before = np.random.get_state()
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
     try:
@@ -217,7 +217,7 @@ def numpy_seeded(seed: int) -> Iterator[None]:
 def cell_sizes(recipe: Recipe, *, img_size: int, patch_size: int, default: Callable[[Collection[int]], Sequence[int]]) -> tuple[int, ...]:
     """Pixels per side of the cells of the recipe's grids: multiples of the patch, cropped at the border at most.
 
-    `default` gives the cells per side where the recipe names none, of those that are possible. Raises SpecError if a grid does not fit,
+    If the recipe names no grid, `default` picks the cells per side from those that are possible. Raises SpecError if a grid does not fit,
     or if `default` raises ValueError.
     """
     where = f"mixing {recipe.mixing!r} at {img_size} px"

@@ -104,8 +104,8 @@ class Objective(ABC):
     def start(self, setup: Setup) -> nn.Module:
         """The module to train, on the CPU and in the mode it is trained in; parameters that require no gradient stay as they are.
 
-        It may hold more than the network, such as auxiliary heads: all of it is in the checkpoint and has a moving average. Called once;
-        when a training resumes, after `load_state_dict`, and then the module must be the one of that moment. Raises SpecError where the
+        It may hold more than the network, such as auxiliary heads: all of it is in the checkpoint and has a moving average. Called once; a
+        resumed training calls it after `load_state_dict`, and the module must then be the one of the checkpoint. Raises SpecError where the
         objective does not fit the model or the data.
         """
         self.setup = setup
@@ -121,7 +121,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, forward: Forward, batch: Batch, position: Position) -> Tensor:
-        """Mean loss `()` over the images of the batch, a part of the step's."""
+        """Mean loss `()` over the images of the batch, which are one part of the step's images."""
 
     def network(self, module: nn.Module) -> nn.Module:
         """The network to use, of the module or its moving average: what `Training.network` is."""

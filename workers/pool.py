@@ -106,13 +106,13 @@ class _Flight:
 class RayPool:
     """Runs jobs as Ray tasks, as many at a time as the cluster holds.
 
-    A job's task takes the job's resources. With several processes each of those takes them, and the task, which coordinates them,
-    takes nothing itself: else they would wait for what it holds.
+    A job's task takes the job's resources. With several processes, each process takes them. The task only coordinates and takes nothing:
+    the processes would wait for what it holds.
 
     `address` is Ray's: "local" starts a cluster of this machine's cores for this process alone, "auto" joins the running
     one. Ray retries nothing (`max_retries=0`); a job whose worker or node died is resubmitted here, into the same
-    workdir, at most `max_losses` times. `max_workers` caps the jobs in flight and, on a cluster that grows on demand,
-    is what is asked of it.
+    workdir, at most `max_losses` times. `max_workers` caps the jobs in flight; a cluster that grows on demand is asked for room for that
+    many.
 
     The data set of the jobs that need one is decoded by one task per image size and shared through the object store: on each
     node all workers read the same memory. Ray decodes it again when its node is lost.
@@ -165,7 +165,7 @@ class RayPool:
         self._flights[self._remote.options(**takes).remote(flight.job, self._mailbox, self._dataset(flight.job))] = flight
 
     def _dataset(self, job: Job) -> Any:
-        """The data set as a task's argument, which Ray hands over when it is there; None for a job that needs none."""
+        """A reference to the data set: Ray starts the task when the set is loaded. None for a job that needs no data set."""
         if not job.needs_dataset:
             return None
         source = job.data, job.candidate.model.img_size
@@ -236,7 +236,7 @@ class RayPool:
         try:
             letters = ray.get(self._mailbox.take.remote())
         except RayActorError:
-            # Its process was killed and Ray starts another; starting times may be lost with it, time limits may not.
+            # Its process was killed and Ray starts another. The starting times are lost with it; time limits must still hold.
             letters = [("started", flight.job.trial) for flight in self._flights.values() if flight.started_at is None]
         for kind, trial, *rest in letters:
             if trial not in by_trial:
@@ -299,7 +299,7 @@ def _run_job(job: Job, mailbox: Any, dataset: DataSet | None) -> Outcome:
     if poisons_device(outcome):
         import ray
 
-        # The next job must not get this process: the outcome goes ahead by mail, then the process ends itself.
+        # The next job must not get this process, so it sends the outcome ahead and then ends itself.
         ray.get(mailbox.put.remote("finished", job.trial, outcome))
         os._exit(1)
     return outcome

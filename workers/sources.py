@@ -68,8 +68,8 @@ class Source:
     def stamp(self) -> str:
         """16 hex digits that change when any file of the source does, so that a process that lives on reads it anew.
 
-        It asks for the state of every file: 0.4 s for 50,000 in folders (`tests/benchmarks/bench_data.py`), nothing to speak of for
-        archives. Of a torchvision set it looks at all files below ROOT, whichever set they belong to.
+        It asks for the state of every file: 0.4 s for 50,000 in folders (`tests/benchmarks/bench_data.py`), almost nothing for archives. Of
+        a torchvision set it looks at all files below ROOT, whichever set they belong to.
         """
         return stamp_of(_files_of(self))
 
@@ -252,7 +252,7 @@ def _files_in_tar(path: Path, members: Sequence[tarfile.TarInfo], damage: tuple[
         sizes=tuple(member.size for member in members),
         read=lambda index: read(members[index]),
         storage_order=sorted(range(len(members)), key=lambda index: members[index].offset_data),
-        # Named by whoever knows whether there are others: the name of a single archive means nothing.
+        # The caller gives it a name if there are other archives: the name of a single one means nothing.
         files=[File("", str(path))],
         damage=damage,
         has_random_access=is_plain,

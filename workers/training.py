@@ -34,12 +34,12 @@ from workers.mixing import make_mixer
 from workers.objectives import Classification, Objective, Position, Setup
 
 FINITE_CHECK_STEPS = 50
-"""A look at the loss waits for the device; until the next one a step that was not finite is remembered there."""
+"""Reading the loss waits for the device, so it is read once in this many steps; the device remembers a step that was not finite."""
 
 PROGRESS_EVERY_S = 1.0
 
 CHECKPOINTS = "checkpoints-"
-"""Begins the name of the folder in a work directory that holds the checkpoints of a training; its identity follows."""
+"""Prefix of the folder in a work directory that holds the checkpoints of a training; the identity of the training follows it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Training:
     """Mean over the last epoch, mixing and smoothing included."""
     images_per_s: float
     data_wait_pct: float
-    """Share of the training time spent waiting for data; both rates leave validation out and are those since the last start."""
+    """Share of the training time spent waiting for data; both rates leave validation out and count from the last start."""
     checkpoints: Path
     """The folder of this training's checkpoints; once it is finished and the network is stored, they are of no more use."""
 
@@ -160,7 +160,7 @@ class _Run:
         self.last_step = self.num_steps if stop_after is None else stop_after * self.batches.num_steps
         self.step = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=process.device)
-        """Of the steps of this epoch so far."""
+        """The sum over the steps of this epoch so far."""
         self.train_loss = math.nan
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=process.device)
         self.last_checkpoint: Path | None = None
@@ -350,7 +350,7 @@ class _Run:
         return self.process.world_size > 1 and not self.objective.touches_all
 
     def _prepare_forward(self) -> None:
-        """For the module as it is now: again when it is another or other parameters of it train."""
+        """Prepare the call of the module; again after the module was exchanged or other parameters of it train."""
         self._parallel: Any = self.learner.module
         if self.averages_gradients:
             self._share_module()
@@ -418,6 +418,6 @@ def _trained(module: nn.Module) -> list[bool]:
 
 @contextmanager
 def _own_random_state(device: str) -> Iterator[None]:
-    """Seeding within leaves the caller's global streams as they were."""
+    """Restore the states of the caller's global generators at the end."""
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.startswith("cuda") else []):
         yield

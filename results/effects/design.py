@@ -2,8 +2,8 @@
 
 A `Design` is written down (`to_json`, `digest`) before anything is trained. Each contrast is the mean of some levels of a
 factor minus a baseline level, paired by seed and by test image. Every outcome of the design is reported for every contrast;
-one contrast of a factor, on its own outcome, is primary and keeps its p-value. The others are corrected by Holm's method,
-a factor's rows on one outcome being one family: each outcome is a question of its own, and asked in the design.
+one contrast of a factor, on its own outcome, is primary and keeps its p-value. The others are corrected by Holm's method. A family is the
+rows of a factor on one outcome, because each outcome is a question of its own that the design asks.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from results.records import Metric
 class Contrast:
     """The mean of `levels` of a factor minus `baseline`.
 
-    `outcome` is the one it was made for. `alternative` and `published` apply to that outcome; on others the test is two-sided.
-    `alternative` is about the sign of the effect, not about what is better. `published` is the effect that `source` states, in
-    percentage points for accuracies, else in the outcome's unit; of a range it is the lower end.
+    `outcome` is the outcome that the contrast was made for. `alternative` and `published` apply to it; on other outcomes the test is
+    two-sided. `alternative` is about the sign of the effect, not about what is better. `published` is the effect that `source` states, in
+    percentage points for accuracies, else in the outcome's unit; if the source states a range, it is the lower end.
     """
 
     factor: str

@@ -1,8 +1,8 @@
 """Paired comparisons of trained networks: intervals, exact tests, equivalence and the smallest effects that a design can find.
 
 Two networks are compared through the differences (S, N) of one per-image outcome: S seeds, the same in both arms, and N
-test images, the same for every seed. Letters here: S seeds, N images, R resamples. A comparison over seeds asks about
-other trainings on this test set, one over images about other images under these trainings.
+test images, the same for every seed. Letters here: S seeds, N images, R resamples. A comparison over seeds asks about other trainings on
+this test set; a comparison over images asks about other images under these trainings.
 
 Sources: the crossed bootstrap is Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1(2), 2007; BCa is Efron,
 "Better bootstrap confidence intervals", JASA 82, 1987; Holm, "A simple sequentially rejective multiple test procedure",
@@ -103,15 +103,15 @@ def paired_bootstrap(
     hard is hard for all of them. A resample therefore draws seeds and, independently, images, both with replacement, and
     all its seeds share its images. With weights w_s and w_n (counts over S and N) its mean is w_s' D w_n. Owen shows that
     this never understates the noise of images (it counts the residual about three times) and that no bootstrap of a
-    crossed design is exact. What it does understate, as every bootstrap, is the noise of few seeds: S draws from S values
-    vary (S-1)/S times too little and know nothing of t. The methods differ in that:
+    crossed design is exact. Like every bootstrap, it understates the noise of few seeds: the variance of S draws from S values is (S-1)/S
+    of the true one, and its quantiles are not those of Student's t. The methods differ in how they correct this:
 
-    - `calibrated` multiplies the seeds' part of each resample's deviation by sqrt(S/(S-1)) t/z: where seeds rule, the
-      interval is widened so that its coverage is that of Student's t (its ends are those of t only for many seeds, as the
-      bootstrap of few knows no tails), and where images rule, it stays the bootstrap's; then percentiles;
-    - `percentile` is the plain one;
-    - `bca` corrects it for bias and skewness, with the acceleration of the jackknife over seeds and over images (the
-      leave-one-out values of a mean are its deviations, so it is in closed form).
+    - `calibrated` multiplies the seeds' part of each resample's deviation by sqrt(S/(S-1)) t/z and takes percentiles. Where the
+      noise of seeds dominates, the interval is widened to the coverage of Student's t (its ends are those of t only for many
+      seeds, because the bootstrap of few seeds has no tails). Where the noise of images dominates, it stays the bootstrap's;
+    - `percentile` takes the percentiles without a correction;
+    - `bca` corrects them for bias and skewness, with the acceleration of the jackknife over seeds and over images (in closed
+      form, because the leave-one-out values of a mean are its deviations).
 
     Nominal 95 % intervals of normal differences that vary by seed alone covered 93, 95, 94 and 96 % (calibrated) and 74,
     84, 89 and 93 % (percentile; bca the same within 3 %) with 3, 5, 8 and 20 seeds in 400 simulations each; of differences
@@ -125,8 +125,8 @@ def paired_bootstrap(
 def resample(differences: Sequence[np.ndarray], *, seed: int, num_resamples: int = 10_000) -> list[Bootstrap]:
     """The bootstrap of `paired_bootstrap` for each of many (S, N), at little more than the price of one.
 
-    What a resample draws follows from `seed`, S and N alone: all that have the same images share one draw and one matrix
-    product, and a result does not depend on what else is asked for. Raises ValueError as `paired_bootstrap`.
+    What a resample draws follows from `seed`, S and N alone. Differences over the same number of images therefore share one draw of images
+    and one matrix product, and no result depends on the others. Raises ValueError as `paired_bootstrap`.
     """
     tables = [_two_way(one) for one in differences]
     if any(D.size == 1 for D in tables):
@@ -316,11 +316,11 @@ def sign_flip_detectable_effect(
 
 @cache
 def _sign_flip_effect(n: int, alpha: float, power: float) -> float:
-    """Of the one-sided test, in standard deviations.
+    """The effect that the one-sided test finds with this power, in standard deviations.
 
-    Of differences z + d, a flip of the subset F leaves a sum at least as large exactly when mean(z_F) <= -d. With k the whole
-    part of alpha 2^n, the empty subset counted, the test therefore rejects from d = the k-th largest of -mean(z_F) on, and
-    has its power at that quantile of it over samples of z.
+    The differences are z + d. A flip of the subset F leaves their sum at least as large exactly when mean(z_F) <= -d. Let k be the
+    whole part of alpha 2^n, the empty subset counted. The test rejects if d is at least the k-th largest of -mean(z_F). The effect
+    is therefore the quantile of that k-th largest value over samples of z, at the level `power`.
     """
     generator = np.random.default_rng(0)
     if n <= MAX_SIMULATED_SEEDS:

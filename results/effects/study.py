@@ -155,7 +155,7 @@ def _has_primary(kept: Mapping[str, Contrast]) -> bool:
 def _num_trials_before(
     design: Design, registered: Mapping[int, Design], finished: Sequence[tuple[CellKey | None, int]]
 ) -> dict[TestKey, int]:
-    """By test, how many trials of its arms finished in invocations before the one that registered it in its present form."""
+    """By test, the number of trials of its arms that finished before the invocation that registered it in its present form."""
     counts = {}
     for contrast in design.contrasts:
         levels = (contrast.baseline, *contrast.levels)
@@ -181,7 +181,7 @@ def _is_registered(contrast: Contrast, outcome: str, design: Design, earlier: De
 
 
 def _cell_key(run: Run) -> CellKey | None:
-    """The cell of a trial; None if its parameters name none, as when it failed before it had any."""
+    """The cell of a trial; None if its parameters name no cell, or if it failed before it had parameters."""
     params = run.data.params
     factor = params.get("factor")
     if factor not in params or "seed" not in params:
@@ -190,7 +190,7 @@ def _cell_key(run: Run) -> CellKey | None:
 
 
 def read_cells(client: MlflowClient, trials: Sequence[Run]) -> tuple[list[Cell], dict[CellKey, str]]:
-    """The cells of a phase, each from its first finished trial; and by cell, why others have no predictions."""
+    """The cells of a phase, each from its first finished trial, and by cell the reason why others have no predictions."""
     by_number = {int(run.data.tags["trial"]): run for run in trials}
     cells: dict[CellKey, Cell] = {}
     absent: dict[CellKey, str] = {}

@@ -49,12 +49,11 @@ def effects_table(
     the interval excludes 0).
 
     margin, and whether the 90 % interval says no_harm (its harmful end is inside) or equivalent (both ends are): the two
-    one-sided tests by interval inclusion, for seeds and images together, not corrected for how many there are; equivalent_p,
-    TOST's over seeds alone. mde_seeds and mde_images, the smallest effect found with 80 % power at alpha / family_size: the first
-    by sign flips of normal differences over seeds, the second by a t-test over images. published, source and could_have_seen
-    (both smallest effects are at most the published one; None when nothing is published); num_trials_before, as given: trials
-    of the arms that had finished when the row was registered; verdict; majority_pct, the accuracy of always guessing the most
-    frequent class of the test set.
+    one-sided tests by interval inclusion, for seeds and images together, not corrected for how many there are; equivalent_p, the p-value of
+    TOST over seeds alone. mde_seeds and mde_images, the smallest effect found with 80 % power at alpha / family_size: the first by sign
+    flips of normal differences over seeds, the second by a t-test over images. published, source and could_have_seen (both smallest effects
+    are at most the published one; None when nothing is published); num_trials_before, as given: trials of the arms that had finished when
+    the row was registered; verdict; majority_pct, the accuracy of always guessing the most frequent class of the test set.
 
     A row uses the seeds that all its arms have, from trials on the test images that most trials have. `absent` says why a cell
     has no predictions. A row that was not measured stays in its family with p = 1, because families were fixed before the run.
@@ -97,7 +96,7 @@ class _Tested:
         return {seed: has[outcome] for seed, has in sorted(found.items()) if outcome in has}
 
     def missing(self, factor: str, level: str, outcome: str, wanted: Collection[int]) -> str:
-        """Which of the wanted seeds, and of those that failed, a level lacks and why; empty if none."""
+        """The seeds that a level lacks, of the wanted ones and of those that failed, with the reasons; empty if it lacks none."""
         failed = {seed for name, value, seed in self.absent if (name, value) == (factor, level)}
         seeds_by_reason: dict[str, list[int]] = {}
         for seed in sorted({*wanted, *failed} - self.arm(factor, level, outcome).keys()):

@@ -49,7 +49,7 @@ def effects_markdown(effects: Effects) -> str:
 
 
 def published_sources(table: pd.DataFrame) -> list[str]:
-    """A line for each contrast that something is published about: the effect, if it has a size, and where it stands."""
+    """A line for each contrast with a published source: the published effect, if the source states its size, and the source."""
     rows = table.loc[table["source"] != ""].to_dict("records")
     sizes = [f" {format_effect(row['published'], row['unit'])}" if math.isfinite(row["published"]) else "" for row in rows]
     return [f"published{size} for {row['factor']}: {row['contrast']}: {row['source']}" for row, size in zip(rows, sizes, strict=True)]
@@ -66,7 +66,7 @@ def reading_notes(table: pd.DataFrame) -> list[str]:
         f"p: {test} over seeds",
         f"primary: one contrast of each factor{named}; the others are Holm-corrected per factor and outcome",
         "no harm, no difference: 90 % interval within the margin, not corrected for their number",
-        "MDE: smallest effect found with 80 % power at alpha / family size, over seeds | over images; -: no effect is",
+        "MDE: smallest effect found with 80 % power at alpha / family size, over seeds | over images; -: none can be found",
     ]
     majority = table["majority_pct"].dropna()
     if len(majority):

@@ -1,7 +1,7 @@
 """The figures of a study: each objective against what the network costs, with the fronts.
 
-PNG by matplotlib for papers and README, the same panels by plotly for the page. Two fronts are told apart: the line is the
-best score to be had at up to so many MACs; the filled points are the networks that no other beats in all objectives.
+PNG by matplotlib for papers and README, the same panels by plotly for the page. There are two fronts. The line is the best score of all
+networks with at most so many MACs; the filled points are the networks on the Pareto front of all objectives.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def _draw(axis: Axes, name: str, label: str, curve: Curve, colour: str, dashes: 
 
 
 def _write_area(axis: Axes, curve: Curve, colour: str, line: int) -> None:
-    # Curves start high and end low: what is free is the lower left, above chance.
+    # Curves start high and end low, so the lower left, above chance, is free for the text.
     mean, half_width = mean_and_half_width(area_pct(*curve)[:, None])
     text = f"area {mean[0]:.1f}" + ("" if half_width is None else f" ± {half_width[0]:.1f}")
     white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}

@@ -1,4 +1,4 @@
-"""A list of points, each measured once: for factorial designs, whose cells all count whatever the others gave."""
+"""A list of points, each measured once: for factorial designs, in which every cell counts, whatever the other cells gave."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Point = tuple[tuple[str, Scalar], ...]
 class Grid:
     """Proposer of the given `points`, in their order, in one round.
 
-    A point that the study holds already is not proposed again, unless every attempt timed out or lost its worker. One instance
-    proposes a point once, so those are tried again by the next start. A longer list extends the study, a shorter one withdraws what
-    no longer is in it and has not begun.
+    A point that the study holds already is not proposed again, unless every attempt timed out or lost its worker. One instance proposes a
+    point once, so the next start tries those again. A longer list extends the study; a shorter one withdraws the points that it lacks,
+    unless they have begun.
     """
 
     def __init__(self, points: Sequence[Mapping[str, Scalar]]):
@@ -45,7 +45,7 @@ class Grid:
         return [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) if _point_of(trial) not in self._points]
 
     def num_total(self, study: optuna.Study) -> int:
-        """Trials that are complete, in flight or still to be proposed; those beyond this list, of earlier starts, included."""
+        """Trials that are complete, in flight or still to be proposed, with those of earlier starts that are not in this list."""
         trials = study.get_trials(deepcopy=False)
         unfinished = sum(trial.state == TrialState.COMPLETE or not trial.state.is_finished() for trial in trials)
         return unfinished + len(self._wanted(study))

@@ -48,7 +48,7 @@ class Size:
 
 
 def grown(parent: Size, ratios: Sequence[float]) -> tuple[Size, ...]:
-    """`parent` with one block more in each stage in turn, at each distinct width of `ratios`, which may be its own."""
+    """`parent` with one block more in each stage in turn, at each distinct width of `ratios`; its own width may be one of them."""
     widths = dict.fromkeys(round(parent.proxy_embed_dim * (1 + ratio)) for ratio in ratios)
     depths = [tuple(depth + (stage == grows) for stage, depth in enumerate(parent.depths)) for grows in range(len(parent.depths))]
     return tuple(Size(deeper, width) for deeper in depths for width in widths)
@@ -103,7 +103,7 @@ class Growth:
         self._num_params_of: dict[Size, int | None] = {self._start: start_params}
 
     def next_batch(self, study: optuna.Study) -> list[Mapping[str, Scalar]] | None:
-        """The points of the round that were not asked for yet, the seed with the first round's; None when growth has ended.
+        """The points of the round that were not proposed yet, in the first round with the seed; None when growth has ended.
 
         Empty while the round only waits for trials in flight.
         """

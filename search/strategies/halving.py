@@ -5,7 +5,7 @@ figure 1: every point is trained to the first rung, the best share of them to th
 its own training, so a rung costs only the epochs between it and the one before. The learning rate follows the schedule of the full
 length from the first epoch on; what is compared at a rung are trainings in progress, not short ones that have ended.
 
-Deviation from the paper: the rungs are given, instead of following from a budget.
+Deviation from the paper: the rungs are given; in the paper they follow from a budget.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Point = tuple[tuple[str, Scalar], ...]
 
 
 def rung_sizes(num_points: int, num_rungs: int, reduction: float) -> list[int]:
-    """How many points reach each rung: of one rung's, the best ceil(1 / reduction) go on to the next."""
+    """How many points reach each rung: the share 1 / `reduction` of one rung's points, rounded up, goes on to the next."""
     sizes = [num_points]
     for _ in range(num_rungs - 1):
         sizes.append(math.ceil(sizes[-1] / reduction))
@@ -83,7 +83,7 @@ class Halving:
         return None
 
     def unwanted(self, study: optuna.Study) -> list[FrozenTrial]:
-        """The waiting trials that are no point at a rung of this halving, or of a point that did not survive."""
+        """The waiting trials that this halving does not ask for, or whose point did not survive."""
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         wanted = {
             place
@@ -93,7 +93,7 @@ class Halving:
         return [trial for trial in waiting if self._place(trial) not in wanted]
 
     def num_total(self, study: optuna.Study) -> int:
-        """Trials that will be complete if none fails that has not failed yet."""
+        """Trials that will be complete if no further trial fails."""
         trials = self._by_place(study)
         known = self._survivors(trials)
         sizes = [

@@ -37,7 +37,7 @@ Reward = Literal["difference", "merit"]
 
 @strategy("policy_gradient")
 def policy_gradient(problem: Problem) -> BaseSampler:
-    """REINFORCE on one categorical per axis, rewarded for improving on the trial told before (As-ViT)."""
+    """REINFORCE on one categorical per axis, rewarded for being better than the trial told before (As-ViT)."""
     return within_budget(PolicyGradientSampler(problem.seed), problem)
 
 
@@ -48,10 +48,10 @@ def policy_gradient_merit(problem: Problem) -> BaseSampler:
 
 
 def reward_of_last(values: np.ndarray, signs: np.ndarray, reward: Reward) -> float:
-    """What the last row of `values`, (trials, objectives), earns among the rows before it.
+    """The reward of the last row of `values`, (trials, objectives).
 
-    Per objective by how much it is better than the row before ("difference") or than the mean row ("merit"), over the
-    objective's range; `signs` is 1 where more is better and -1 where less is. Without a range an objective earns nothing.
+    It is the sum over objectives of how much the row is better than the row before ("difference") or than the mean row ("merit"),
+    divided by the objective's range. `signs` is 1 where more is better and -1 where less is. An objective without a range adds nothing.
     """
     extent = _finite_range(values)
     has_range = extent > np.finfo(float).eps * np.abs(values).max(axis=0)
@@ -63,7 +63,7 @@ def reward_of_last(values: np.ndarray, signs: np.ndarray, reward: Reward) -> flo
 
 
 def _finite_range(values: np.ndarray) -> np.ndarray:
-    """Largest minus smallest of each column; 0 where the column holds an infinity, beside which nothing else differs."""
+    """Largest minus smallest of each column; 0 where the column holds an infinity, beside which all other values are equal."""
     is_finite = np.isfinite(values).all(axis=0)
     return np.where(is_finite, np.ptp(np.where(is_finite, values, 0.0), axis=0), 0.0)
 
@@ -76,7 +76,7 @@ class PolicyGradientSampler(BaseSampler):
     depends on that policy and the trial's number alone.
 
     `reward` is "difference", the paper's: better than the trial told before; or "merit": better than the mean of the
-    buffer, so that what a point earns does not hang on which point came before it.
+    buffer, so that the reward of a point does not depend on the point before it.
     """
 
     def __init__(self, seed: int, *, reward: Reward = "difference"):

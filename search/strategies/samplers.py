@@ -49,7 +49,7 @@ def _grouped_tpe(seed: int) -> BaseSampler:
 
 
 class _Nsga2(NSGAIISampler):
-    """NSGA-II whose axes common to all trials are kept in `common`: counted anew they cost 100 ms a trial at 3,000."""
+    """NSGA-II that keeps the axes common to all trials in `common`: to find them anew costs 100 ms a trial at 3,000 trials."""
 
     def __init__(self, seed: int, common: IntersectionSearchSpace):
         super().__init__(seed=seed)

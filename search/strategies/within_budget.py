@@ -31,9 +31,9 @@ class WithinBudget(BaseSampler):
     A climb (`search.budget.climb`) that ends outside the budget is tried again from the next nearest draw. If none
     succeeds, the first draw is proposed, and the loop prunes it with its constraint.
 
-    The point is a function of (problem, trial number, told trials), if that of `sampler` is. A trial that was begun
-    by a lost driver gets the point it would have had; if what is told by now decides otherwise, the rest is constructed
-    around the parameters it has. Parameters that are no axis of the space are left to `sampler`.
+    The point is a function of (problem, trial number, told trials), if that of `sampler` is. A trial that a lost driver began gets the
+    point it would have had. If the trials told since then lead elsewhere, the rest of the point is constructed around the parameters that
+    the trial has. Parameters that are no axis of the space are left to `sampler`.
     """
 
     def __init__(self, sampler: BaseSampler, problem: Problem):

@@ -9,8 +9,8 @@ trial; cells that are equal, such as the reference in all factors, are measured 
 
 What is tested is fixed before the first trial (`Design`, in Optuna's study and the parent run): one primary contrast for each
 factor, every other level against the reference, Holm-corrected. Selection would look at the validation part; effects are
-those on test images. The study may be extended by factors, levels and seeds under the same name; the report then says in
-how many looks the data came.
+those on test images. The study may be extended by factors, levels and seeds under the same name; the report then says how often effects
+were shown before more trials came.
 
 `--linear-probe` adds two phases: `backbone` trains the reference once, `probe` trains nothing but pooling and head on its
 frozen tokens, under many seeds.
@@ -112,21 +112,21 @@ class AblationOptions(Options):
         if not self.linear_probe:
             raise SpecError("--seeds 0 leaves nothing to train; it is meant for --linear-probe")
         if self.robustness:
-            raise SpecError("--robustness is of the networks that --seeds trains, and --seeds 0 trains none")
+            raise SpecError("--robustness measures the networks that --seeds trains, and --seeds 0 trains none")
         named = {*self.factor, *(text.partition("=")[0] for text in self.level)}
         if others := sorted(named - {"pooling"}):
             raise SpecError(f"--seeds 0 leaves the linear probe alone, which compares poolings: {', '.join(others)} would not be varied")
 
     @property
     def factors(self) -> tuple[str, ...]:
-        """Those that are varied, in the order of `LEVELS`."""
+        """The factors that are varied, in the order of `LEVELS`."""
         return tuple(factor for factor in LEVELS if not self.factor or factor in self.factor)
 
     def is_named(self, factor: str, level: str) -> bool:
         return f"{factor}={level}" in self.level
 
     def wanted(self, factor: str) -> tuple[str, ...]:
-        """The reference's level and, of the others, those named or, where none is, all."""
+        """The reference's level, then the other levels that `--level` names; all of them if it names none."""
         reference, *others = LEVELS[factor]
         return (reference, *([level for level in others if self.is_named(factor, level)] or others))
 
@@ -189,7 +189,7 @@ def _note_on_seeds(flag: str, num: int, design: Design) -> list[str]:
 
 
 def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate:
-    """What every level departs from, in one thing."""
+    """The reference candidate: every level departs from it in one thing."""
     is_digits = run.data == "digits"
     name = options.model or ("vit_digits" if is_digits else "vit_cifar")
     num_classes = _num_classes(run.data)
@@ -205,7 +205,7 @@ def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate
         lr=lr,
         min_lr=lr / 100,
         warmup_epochs=options.epochs / 10,
-        # A mirrored digit is another one, or none.
+        # A mirrored digit is another digit, or none.
         flip=not is_digits,
         crop="pad" if model.img_size < 64 else "resized",
     )
@@ -294,7 +294,7 @@ def ablation_space(reference: Candidate, factors: Mapping[str, Sequence[str]]) -
 
 
 def _pooling(level: str, model: ArchSpec) -> Component:
-    """Groups are the heads of the last block, whose slices of the channels they are."""
+    """The pooling of a level. Its groups are the slices of the channels that belong to the heads of the last block."""
     mixer = model.stages[-1].blocks[-1].mixer
     groups = full_choices("mixer", mixer)["num_heads"]
     powers = {
@@ -306,7 +306,7 @@ def _pooling(level: str, model: ArchSpec) -> Component:
 
 
 def cells(levels: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The cells of a design, seed by seed: whenever it is stopped, what there is is paired."""
+    """The cells of a design, seed by seed, so that a study stopped at any moment holds paired cells."""
     return [{"factor": factor, factor: level, "seed": seed} for seed in seeds for factor, chosen in levels.items() for level in chosen]
 
 
@@ -363,7 +363,7 @@ def ablation_design(levels: Mapping[str, Sequence[str]], model: Model, *, has_ro
         primary = _primary(factor, others, is_cnn=_is_cnn(model), has_robustness=has_robustness)
         contrasts += [primary, *_against_reference(factor, reference, others, primary)]
         if {"patch_mixing", "cutmix"} <= set(others):
-            # What is gained by the grid rather than by mixing.
+            # This contrast shows what the grid gains, apart from mixing.
             contrasts.append(Contrast(factor=factor, levels=("patch_mixing",), baseline="cutmix", outcome=primary.outcome))
     return Design(name="ablations", contrasts=tuple(contrasts), outcomes=outcomes)
 
@@ -373,9 +373,9 @@ def _is_cnn(model: Model) -> bool:
 
 
 def _primary(factor: str, others: Sequence[str], *, is_cnn: bool, has_robustness: bool) -> Contrast:
-    """The contrast that a factor is about; where its levels were not chosen, the first level against the reference.
+    """The contrast that a factor is about. If its levels are not among `others`, it is the first of them against the reference.
 
-    `published` is the lower end of what was published: a design that can see it can see the rest.
+    `published` is the lower end of the published effects: a design that can see it can see the others.
     """
     from results.effects.design import Contrast
 

@@ -4,7 +4,7 @@
 
 Recipes drawn at random, the default one first among them, are trained for a ninth of the epochs; the best third goes on to a third
 of them, and the best third of those to the end (https://arxiv.org/abs/1502.07943). A recipe that goes on continues its own training.
-Selection looks at the validation part; the default recipe stands in the same table, so that what tuning gains can be read off.
+Selection looks at the validation part. The default recipe stands in the same table, which therefore shows what tuning gains.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ AXES: dict[str, tuple[Any, ...]] = {
     "mixing": ("none", "mixup_cutmix"),
 }
 DEFAULT = {"lr_factor": 1.0, "weight_decay": 0.05, "drop_path": 0.0, "label_smoothing": 0.1, "mixing": "none"}
-"""The recipe that a training has if nothing is said."""
+"""The point of the default recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneOptions(Options):
-    """Of which network, how many recipes, and how long the longest training is."""
+    """Which network is trained, by how many recipes, and how long the longest training is."""
 
     model: str = field(default="vit_digits", metadata={"help": "as for describe"})
     recipes: int = field(default=18, metadata={"help": "recipes to try; the default recipe is one of them", "at_least": 1})
@@ -111,12 +111,12 @@ def recipe_space(options: TuneOptions, seed: int) -> SearchSpace:
 def drawn_recipes(number: int, seed: int) -> list[dict[str, Any]]:
     """The default recipe, then others drawn without replacement; a longer list begins with a shorter one.
 
-    Raises SettingsError if there are not so many.
+    Raises SettingsError if `number` is above the number of recipes.
     """
     names, choices = tuple(AXES), tuple(AXES.values())
     shape = tuple(map(len, choices))
     if number > np.prod(shape):
-        raise SettingsError(f"--recipes is {number}; there are {np.prod(shape)}")
+        raise SettingsError(f"--recipes is {number}; at most {np.prod(shape)} is expected")
     order = np.random.default_rng(stream(seed, "recipes")).permutation(np.prod(shape))
     drawn = [
         {name: values[i] for name, values, i in zip(names, choices, np.unravel_index(index, shape), strict=True)}

@@ -68,7 +68,7 @@ class MaxPooling(_Pooling):
 
 @component("pooling", "relu_mean")
 class ReluMeanPooling(_Pooling):
-    """The mean over the patches of the positive parts: what tells GeM's exponent from its clamp."""
+    """The mean over the patches of the positive parts: GeM's clamp without its exponent."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, self.num_prefix :].clamp(min=0).mean(dim=1)
@@ -160,7 +160,7 @@ def power_mean(x: Tensor, p: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         p = p.to(wide)
         clamped = x.to(wide).clamp(min=GEM_EPS)
-        # Cancels out, so its gradient is nothing.
+        # It cancels out, so it needs no gradient.
         largest = clamped.detach().amax(dim=1, keepdim=True)
         mean = (clamped / largest).pow(p).mean(dim=1)
         return (largest.squeeze(1) * mean.pow(1 / p)).to(x.dtype)

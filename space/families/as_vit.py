@@ -200,7 +200,7 @@ def growth_space(*, img_size: int, num_classes: int, proxy_img_size: int | None 
 def length_distortion_closed_form(
     model: ArchSpec | Network, num_angles: int = 10, *, img_size: int | None = None, padding: bool = False
 ) -> float:
-    """What the length distortion L^E of an untrained As-ViT comes to without computing it: about C^2 K2 K3 K4.
+    """The length distortion L^E of an untrained As-ViT in closed form: about C^2 K2 K3 K4.
 
     L^E is the reference's sum of speeds over `num_angles` points of a circle of radius 1. Without norms and with weights
     of std 0.02, residual branches add about a percent, and the speed passes through the trunk alone:

@@ -16,11 +16,11 @@ one scalar, so a single forward-mode product with dx/da = -u sin a + v cos a giv
 repeats, angles `linspace(0, 2 pi, num_angles)` with both ends, L^E as the plain sum of speeds over them. Three things
 differ: the images are not augmented, the random streams are ours, and a degenerate kernel is a failure instead of -1.
 
-`mode="default"` departs from it in this: every repeat has its own weights, convolutions included, its own curve and its
-own batch of images, so that the standard error over repeats means something; the angles do not count 0 = 2 pi twice; and
-L^E is the length of the output curve over the input's 2 pi, the mean speed, which does not depend on `num_angles` (about a
-`num_angles`-th of the reference's sum). Each tensor is drawn from a stream named by (seed, repeat, its place in the
-network), in both modes: candidates that differ in one stage share every other tensor, their curves and their images.
+`mode="default"` departs from it in three ways. Every repeat has its own weights, convolutions included, its own curve and its own batch of
+images, so that the standard error over repeats means something. The angles do not count 0 = 2 pi twice. L^E is the length of the output
+curve over the input's 2 pi, the mean speed, which does not depend on `num_angles` (about a `num_angles`-th of the reference's sum). Each
+tensor is drawn from a stream named by (seed, repeat, its place in the network), in both modes: candidates that differ in one stage share
+every other tensor, their curves and their images.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from workers.data import load_images
 from workers.evaluator import Context, EvaluationError, evaluator
 
 CHUNK_PIXELS = 10 * 64 * 64
-"""Angles that share a forward pass hold about this many pixels: one at 224 px, where memory counts, and all ten at 64 px."""
+"""The pixels of all angles that share a forward pass: one angle at 224 px, where memory is scarce, and all ten at 64 px."""
 
 TILE_SCORES = 512 * 512
 """Attention maps above this many entries are taken one head at a time: they then stay in the processor's cache."""
@@ -60,7 +60,7 @@ NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True, kw_only=True)
 class AsVitSettings:
-    """How often and on how much the scores are taken; the defaults are the paper's."""
+    """How many repeats, angles and images the scores are taken from; the defaults are the paper's."""
 
     mode: Literal["default", "reference"] = "default"
     num_repeats: int = 5

@@ -1,4 +1,4 @@
-"""A linear probe of poolings: one frozen backbone, and of each candidate only pooling and head are trained, on cached tokens.
+"""A linear probe of poolings: each candidate trains its pooling and head alone, on the cached tokens of one frozen backbone.
 
 The backbone is the network that the phase `backbone` left; the candidate is the same architecture with the pooling under test. The
 tokens `(N, C)` after the final norm are computed once for all images and kept beside the backbone, so that a probe costs seconds and
@@ -50,8 +50,8 @@ CHUNK = 1024
 class LinearProbeSettings:
     """How pooling and head are trained: AdamW, cosine to 0, cross-entropy without smoothing.
 
-    Exponents learn `exponent_lr_scale` of the trial's recipe times as fast and without decay. `dtype` is that of the cached tokens;
-    float16 halves the file at a relative error of 2^-11, and pooling is computed in float32 either way.
+    The learning rate of exponents is multiplied by `exponent_lr_scale` of the trial's recipe; they have no weight decay. `dtype` is that of
+    the cached tokens; float16 halves the file at a relative error of 2^-11, and pooling is computed in float32 either way.
     """
 
     epochs: int = 50
@@ -67,7 +67,7 @@ class LinearProbeSettings:
         self.recipe(seed=0, exponent_lr_scale=1.0)
 
     def recipe(self, *, seed: int, exponent_lr_scale: float) -> Recipe:
-        """The same as a recipe; raises SpecError for a value that none can have."""
+        """These settings as a recipe; raises SpecError for a value that no recipe can have."""
         return Recipe(
             epochs=self.epochs,
             seed=seed,
@@ -132,10 +132,10 @@ def check_same_but_pooling(backbone: Model, model: Model) -> None:
 
 
 def cached_tokens(backbone: nn.Module, weights: Path, dataset: DataSet, *, device: str, dtype: str) -> np.ndarray:
-    """Tokens `(images, N, C)` of train, validation and test images in this order, normalised, memory-mapped from beside `weights`.
+    """Tokens `(images, N, C)` of train, validation and test images in this order, normalised, memory-mapped from a file beside `weights`.
 
-    Computed by `backbone`, whose weights these are, if no file has them. Probes that start together may each compute them: whoever
-    ends last replaces the file by an equal one.
+    If there is no such file, `backbone`, whose weights these are, computes the tokens. Probes that start together may each compute them:
+    the last one replaces the file by an equal one.
     """
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

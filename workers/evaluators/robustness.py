@@ -54,8 +54,8 @@ CURVES = "robustness.npz"
 class RobustnessSettings:
     """What is corrupted and how.
 
-    Grids of 0 are those of the image's size (`default_grids`); `max_images` of 0 takes all test images, else a random part of them.
-    What is random depends on `seed` and not on the trial's: networks are compared on the same corruptions of the same images.
+    A grid of 0 follows from the image size (`default_grids`). `max_images` limits the test images to a random part; 0 takes all. The
+    corruptions depend on this `seed` and not on the trial's: networks are compared on the same corruptions of the same images.
     """
 
     coarse_grid: int = 0
@@ -156,7 +156,7 @@ def _curves(img_size: int, settings: RobustnessSettings) -> tuple[_Curve, ...]:
 
 
 def _cells(name: str, grid: int, shares: tuple[float, ...], corrupt: Callable[[Tensor, Tensor, Tensor, int], Tensor], seed: int) -> _Curve:
-    """More and more cells of a grid, in an order of the image's own, are given to `corrupt`."""
+    """A curve whose levels give more and more cells of a grid to `corrupt`; each image has its own order of cells."""
     counts = cell_counts(shares, grid**2)
 
     def corrupted(images: Tensor, partners: Tensor, ids: np.ndarray) -> Iterator[Tensor]:
@@ -189,7 +189,7 @@ def _correct(
     network: nn.Module, dataset: DataSet, ids: np.ndarray, curves: tuple[_Curve, ...], settings: RobustnessSettings, device: str
 ) -> dict[str, np.ndarray]:
     """Whether each image is classified rightly at each level, `(len(ids), levels)` bool for each curve by name."""
-    # From all test images, so that an image has the same partner in a part of them.
+    # Partners come from all test images, so an image has the same partner when only a part is tested.
     partners = other_class_partners(ids, dataset.test, dataset.labels, seed=settings.seed)
     own, others = (evaluation_batches(dataset, indices, device=device, batch_size=settings.batch_size) for indices in (ids, partners))
     parts: dict[str, list[np.ndarray]] = {curve.name: [] for curve in curves}

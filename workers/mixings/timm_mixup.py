@@ -36,7 +36,7 @@ class TimmMixing(Mixer):
         mixup = Mixup(self.mixup_alpha, self.cutmix_alpha, prob=self.prob, switch_prob=0.5, label_smoothing=0.0, num_classes=2)
         mixed = images.clone()
         with numpy_seeded(seed):
-            # It writes to its argument, of even length, and tells lam only in the labels: two, of two classes, say it all.
+            # It writes to its argument, needs an even length, and tells lam only in the labels: two labels of two classes are enough.
             _, labels = mixup(mixed[: len(images) // 2 * 2], torch.arange(2))
         lam = labels[0, 0].item()
         return unmixed(images) if lam == 1 else mixed_with_reverse(mixed, lam)
