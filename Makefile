@@ -34,7 +34,8 @@ smoke: setup ## a study of seconds, to try the installation
 leaderboard: setup ## the leaderboard of the main job
 	$(BIN)/python -m results.leaderboard as_vit
 
-mlflow: setup ## MLflow on the default store, in the browser
+mlflow: setup ## MLflow on the default store; prints the addresses of the leaderboards
+	$(BIN)/python -m results.browse sqlite:///$(CURDIR)/runs/mlflow.db
 	$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --port 5000
 
 check: lint ## while developing: lint, types, all tests but the slow ones; within 3 minutes on two cores

@@ -28,7 +28,24 @@ def attach_leaderboard(tracker: MlflowTracker) -> StudyReport:
         except Exception as error:  # the measurements are shown even if the effects cannot be
             report = report.without_effects(error)
         tracker.attach(description=markdown(report), files=sorted(folder.iterdir()))
+    _summarize(report, tracker)
     return report
+
+
+def _summarize(report: StudyReport, tracker: MlflowTracker) -> None:
+    """Of each phase: how many networks were measured, and the one that ranks first.
+
+    A phase with a design compares levels over seeds, so its first row, a single seed, is not summarized.
+    """
+    designed = {one.phase for one in report.effects}
+    metrics: dict[str, float] = {}
+    params: dict[str, str] = {}
+    for phase in report.results.phases:
+        metrics[f"num_measured/{phase}"] = len(report.results.phase(phase))
+        first = {} if phase in designed else report.results.first(phase)
+        for name, value in first.items():
+            (params if isinstance(value, str) else metrics)[f"best/{phase}/{name}"] = value
+    tracker.summarize(metrics=metrics, params=params)
 
 
 def _write_effects(effects: Sequence[Effects], folder: Path) -> None:

@@ -15,7 +15,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from results.formats import shortened
+from results.mlflow_views import VIEW_TAG, leaderboard_view, view_address
 from results.paths import sqlite_path, without_password
 from results.records import Failure, Measurement, Metric, Outcome
 from results.tracking import RunStatus, TrialRecord, user_name
@@ -40,6 +41,7 @@ MAX_PARAM_CHARACTERS = 500
 """MLflow's limits of one request and of one value; newer servers take longer values, older ones refuse them."""
 
 MAX_TAG_CHARACTERS = 8000
+MAX_NAME_CHARACTERS = 250
 FLUSH_INTERVAL_S = 5.0
 FLUSH_POINTS = 500
 CHECK_TIMEOUT_S = 5
@@ -94,6 +96,7 @@ class MlflowTracker:
     which moves under the new parent: a parent lists the trials that ended under it. `artifact_root` is used for a store without a
     server (default: `mlflow-artifacts` beside a sqlite file); a server chooses its own. `invocation` holds the
     settings of the parent run, `command` among them if known; `objectives` the metrics of each phase that decide its rank.
+    `measured` are the names, by phase, of all that is measured: with the objectives they make the phase's leaderboard in MLflow.
     `designs` is the JSON, by phase, of what will be tested: it stands in the parent run before the first trial does.
     `study_id` tells this study from others of its name: ValueError is raised if the experiment holds one of those.
     """
@@ -107,6 +110,7 @@ class MlflowTracker:
         artifact_root: Path | None = None,
         invocation: Mapping[str, str],
         objectives: Mapping[str, Sequence[Metric]],
+        measured: Mapping[str, Collection[str]] | None = None,
         designs: Mapping[str, Any] | None = None,
     ):
         self.uri = uri
@@ -119,6 +123,10 @@ class MlflowTracker:
         self._experiment_id = self._open_experiment(artifact_root, study_id)
         for run in self._runs("attributes.status = 'RUNNING'"):
             self._client.set_terminated(run.info.run_id, "KILLED")
+        for phase, metrics in objectives.items():
+            view = leaderboard_view(phase, metrics, (measured or {}).get(phase, ()))
+            self._client.set_experiment_tag(self._experiment_id, VIEW_TAG + phase, view)
+        self._phases = tuple(objectives)
         self._user = _user_tags()
         self.parent_run_id = self._open_parent(invocation, objectives)
         if designs:
@@ -198,6 +206,23 @@ class MlflowTracker:
         self._client.set_tag(self.parent_run_id, NOTE_TAG, description[:MAX_TAG_CHARACTERS])
         self._client.set_experiment_tag(self._experiment_id, NOTE_TAG, description[: MAX_TAG_CHARACTERS // 2])
 
+    def summarize(self, *, metrics: Mapping[str, float], params: Mapping[str, str]) -> None:
+        """Give the parent run what came out of the study. Called once, because MLflow refuses to change a parameter."""
+        from mlflow.entities import Metric as Point
+        from mlflow.entities import Param
+
+        now = _now_ms()
+        self._client.log_batch(
+            self.parent_run_id,
+            metrics=[Point(name, float(value), now, 0) for name, value in metrics.items()],
+            params=[Param(name, shortened(value, MAX_PARAM_CHARACTERS)) for name, value in params.items()],
+        )
+
+    @property
+    def view_addresses(self) -> dict[str, str]:
+        """Where a browser shows the leaderboard of each phase, `STUDY/PHASE: address`."""
+        return {f"{self.study_name}/{phase}": view_address(self.uri, self._experiment_id, phase) for phase in self._phases}
+
     def close(self, status: RunStatus) -> None:
         for run in self._open.values():
             self._flush(run)
@@ -261,7 +286,7 @@ class MlflowTracker:
         }
         tags |= _trial_tags(trial)
         tags = {name: text[:MAX_TAG_CHARACTERS] for name, text in tags.items()}
-        run = self._client.create_run(self._experiment_id, tags=tags, run_name=f"{trial.phase} {trial.number}")
+        run = self._client.create_run(self._experiment_id, tags=tags, run_name=shortened(trial.label, MAX_NAME_CHARACTERS))
         self._highest[trial.phase] = max(self._highest.get(trial.phase, -1), trial.number)
         return _OpenRun(run_id=run.info.run_id, artifact_uri=run.info.artifact_uri or "")
 
@@ -442,6 +467,22 @@ def archive_experiment(uri: str, study_name: str, new_name: str) -> bool:
         client.set_terminated(run.info.run_id, "KILLED")
     client.rename_experiment(experiment.experiment_id, new_name)
     return True
+
+
+def view_addresses(uri: str) -> dict[str, str]:
+    """Where a browser shows the leaderboards of all studies of a store, `STUDY/PHASE: address`. Creates nothing.
+
+    Raises ValueError if the store or server cannot be used.
+    """
+    check_tracking(uri)
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        return {}
+    return {
+        f"{experiment.name}/{phase}": view_address(uri, experiment.experiment_id, phase)
+        for experiment in mlflow_client(uri).search_experiments()
+        for phase in (tag.removeprefix(VIEW_TAG) for tag in experiment.tags if tag.startswith(VIEW_TAG))
+    }
 
 
 def read_study(uri: str, study_name: str) -> StudyRuns:

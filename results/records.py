@@ -52,6 +52,10 @@ class Metric:
         return {"name": self.name, "goal": self.goal, "summary": self.summary, **stated}
 
 
+COST_METRICS = ("gmacs", "params_m", "depth")
+"""What a network costs, in the order that every view shows it."""
+
+
 def stderr_name(metric: str) -> str:
     """The name under which an evaluator reports the standard error of a metric."""
     return f"{metric}_stderr"

@@ -18,7 +18,7 @@ from results.formats import count
 from results.mlflow_store import CURVE, StudyRuns, UnreadableStudy, read_study
 from results.pareto import mean_ranks, pareto_front, to_minimize
 from results.rank_quality import TRIVIAL_METRICS, agreement_table
-from results.records import Metric, stderr_name
+from results.records import COST_METRICS, Metric, stderr_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 LEADING_COLUMNS = ("rank", "is_front", "family_step", "label", "digest", "proxy_digest", "phase", "trial")
 TRAILING_COLUMNS = ("elapsed_s", "params", "device", "seed", "run_id")
-COST_METRICS = ("gmacs", "params_m", "depth")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +85,12 @@ class StudyResults:
         first = [metric.name for metric in self.objectives.get(phase, ())]
         first = list(dict.fromkeys([*(name for metric in first for name in (metric, stderr_name(metric))), *COST_METRICS]))
         return [name for name in first if name in known] + [name for name in known if name not in first]
+
+    def first(self, phase: str) -> dict[str, Any]:
+        """Of the network that ranks first in the phase: its label and digest, its objectives and costs. All values are of this one."""
+        row = self.phase(phase).iloc[0]
+        names = ["label", "digest", *(metric.name for metric in self.objectives.get(phase, ())), *COST_METRICS]
+        return {name: row[name] for name in names if name in row}
 
     def only(self, phase: str) -> StudyResults:
         """The results of one phase; raises UnreadableStudy for a phase without any."""

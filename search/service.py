@@ -14,6 +14,7 @@ from optuna.storages import BaseStorage
 
 from results.attachments import attach_leaderboard
 from results.mlflow_store import MlflowTracker, check_tracking
+from results.mlflow_views import how_to_browse
 from results.paths import RunPaths, journal_lock, without_password
 from results.text import print_results
 from search.archiving import Archiving
@@ -64,8 +65,9 @@ def run_study(
             study_name=settings.study_name,
             study_id=next(iter(phases.values())).user_attrs[IDENTITY_ATTRIBUTE],
             artifact_root=opened.artifact_root,
-            invocation={"command": command, "seed": str(settings.seed), "data": settings.data},
+            invocation={"command": command, **_shown_settings(opened.settings)},
             objectives={phase.name: list(phase.goals) for phase in opened.study.phases},
+            measured={phase.name: list(phase.metrics) for phase in opened.study.phases},
             designs=opened.designs(),
         )
         try:
@@ -80,7 +82,18 @@ def run_study(
         tracker.close("FINISHED")
         results = attach_leaderboard(tracker)
     print_results(results, LEADERBOARD_ROWS)
-    print(f"all of it: python -m results.leaderboard {settings.study_name}, or MLflow at {opened.shown_tracking}")
+    print(f"all of it: python -m results.leaderboard {settings.study_name}")
+    for line in how_to_browse(opened.tracking_uri, tracker.view_addresses):
+        print(line)
+
+
+def _shown_settings(settings: RunSettings) -> dict[str, str]:
+    """The settings of a run as the parameters of its parent run in MLflow, without those that say where things are stored."""
+    plain = ("study", "seed", "data", "num_trials", "img_size", "proxy_img_size", "strategy", "gpus", "processes", "time_limit_s")
+    own = {} if settings.options is None else {field.name: getattr(settings.options, field.name) for field in fields(settings.options)}
+    chosen = {f"{name}.{key}": text for name, texts in settings.evaluator_settings.items() for key, text in texts.items()}
+    shown = {**{name: getattr(settings, name) for name in plain}, "budget": str(settings.budget) or None, **own, **chosen}
+    return {name: ", ".join(value) if isinstance(value, tuple) else str(value) for name, value in shown.items() if value not in (None, ())}
 
 
 def _end_early(tracker: MlflowTracker, error: BaseException, progress: Progress) -> None:

@@ -1,0 +1,62 @@
+"""MLflow's pages in a real browser: Debian's chromium, driven by playwright.
+
+Run as `python tests/mlflow_page.py ADDRESS FILE.png`, it takes a picture of a view.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+CHROMIUM = shutil.which("chromium")
+TIMEOUT_MS = 120_000
+"""MLflow's page is 10 MB of scripts, and the machine may be busy."""
+
+ALL_COLUMNS = {"width": 3200, "height": 800}
+"""Pixels. MLflow draws only the columns that are in sight, beside its assistant."""
+
+
+@contextmanager
+def run_table(address: str) -> Iterator[Page]:
+    """The page at the address of a view, with the rows of its run table loaded and the view applied."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=["--no-sandbox"])
+        page = browser.new_page(viewport=ALL_COLUMNS)
+        page.set_default_timeout(TIMEOUT_MS)
+        page.goto(address)
+        page.locator(".ag-center-cols-container .ag-row").first.wait_for()
+        # MLflow shows columns of its own until it has applied the view; the last of ours is none of them.
+        page.locator('.ag-header-cell[col-id="tags.`label`"]').wait_for()
+        yield page
+        browser.close()
+
+
+def columns(page: Page) -> list[str]:
+    """The titles of the run table's columns, from left to right."""
+    titles = {cell.bounding_box()["x"]: cell.inner_text().strip() for cell in page.locator(".ag-header-cell").all()}
+    return [titles[x] for x in sorted(titles) if titles[x]]
+
+
+def cells(page: Page, column: str) -> list[str]:
+    """The texts of a column, from top to bottom; `column` as MLflow names it, such as metrics.`gmacs`.
+
+    A run's name comes after the text of its colour.
+    """
+    found = page.locator(f'.ag-cell[col-id="{column}"]').all()
+    return [cell.inner_text().split("\n")[-1].strip() for cell in sorted(found, key=lambda cell: cell.bounding_box()["y"])]
+
+
+if __name__ == "__main__":
+    with run_table(sys.argv[1]) as page:
+        page.get_by_role("button", name="Close").first.click()
+        page.set_viewport_size({"width": 1500, "height": 620})
+        page.wait_for_timeout(2000)
+        page.screenshot(path=sys.argv[2])
