@@ -20,6 +20,7 @@ from search.archiving import Archiving
 from search.interruption import Interruption
 from search.lock import Hold, Lease, LockFile, StudyIsDriven
 from search.loop import Measuring, PhaseLoop, PhaseStopped, make_objective, needed_trials
+from search.preparation import announcements, data_summary, fitted
 from search.progress import Progress
 from search.registration import register
 from search.storage import open_storage
@@ -47,11 +48,12 @@ def run_study(
     Raises ValueError, before any work, for whatever a user can have got wrong; PhaseStopped when the work itself cannot
     go on. However it ends, what was measured is kept.
     """
-    opened = _Opened(settings)
+    opened = _Opened(settings, fresh=fresh)
     progress = Progress()
     progress.say(f"results in {opened.paths.root} (Optuna: {opened.shown_storage}; MLflow: {opened.shown_tracking})")
-    for note in opened.study.notes:
-        progress.say(note)
+    summary = data_summary(opened.study, opened.settings)
+    for line in ([summary] if summary else []) + announcements(opened.study, opened.settings, given=settings) + [*opened.study.notes]:
+        progress.say(line)
     check_tracking(opened.tracking_uri)
     with _driving(opened, fresh) as (hold, storage, phases):
         for phase, design in opened.study.designs.items():
@@ -62,7 +64,7 @@ def run_study(
             study_name=settings.study_name,
             study_id=next(iter(phases.values())).user_attrs[IDENTITY_ATTRIBUTE],
             artifact_root=opened.artifact_root,
-            invocation={"command": command, "seed": str(settings.seed), "data": settings.data},
+            invocation={"command": command, "seed": str(settings.seed), "data": settings.data, "data_summary": summary},
             objectives={phase.name: list(phase.goals) for phase in opened.study.phases},
             designs=opened.designs(),
         )
@@ -149,7 +151,7 @@ def _open_for_user(name: str, settings: Mapping[str, Any]) -> tuple[_Opened, Pha
     runs = Path(settings.get("runs", "runs")).expanduser().absolute()
     options = studies.get(method).options
     own = {field.name for field in fields(options)}
-    known = own | {field.name for field in fields(RunSettings)} - {"study", "options"}
+    known = own | {field.name for field in fields(RunSettings)} - {"study", "options", "defaults"}
     for setting in settings:
         if setting not in known:
             raise unknown_name("setting", setting, known, f"study {method!r}")
@@ -162,9 +164,10 @@ def _open_for_user(name: str, settings: Mapping[str, Any]) -> tuple[_Opened, Pha
 class _Opened:
     """A study whose settings were all checked, and where its things lie. Nothing is created yet but the hashes of its data files."""
 
-    def __init__(self, settings: RunSettings):
+    def __init__(self, settings: RunSettings, *, fresh: bool = False):
         if not re.fullmatch(STUDY_NAME, settings.study_name):
             raise SettingsError(f"--name {settings.study_name!r} is no name for a study; allowed: letters, digits and . _ + = -")
+        settings = fitted(settings, fresh=fresh)
         self.study: Study = studies.get(settings.study)(settings)
         used = {call.name for phase in self.study.phases for call in phase.evaluators}
         for name in settings.evaluator_settings:

@@ -33,6 +33,7 @@ from search.registration import register
 from search.storage import open_storage
 from search.strategies.grid import Grid
 from search.studies.ablations import LEVELS, AblationOptions, cells
+from search.preparation import fitted
 from search.study import DESIGNS_ATTRIBUTE, Need, RunSettings, SettingsError, Study, phase_settings, studies
 from space.registry import SpecError
 from space.search_space import Candidate
@@ -220,7 +221,8 @@ def test_the_classes_are_those_of_the_data(tmp_path: Path):
     for name in ("cat", "dog", "eel"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / name / "0.png")
-    assert candidate(make(data=f"folder:{tmp_path}"), "mixing", "none").model.num_classes == 3
+    run = fitted(RunSettings(study="ablations", runs=tmp_path / "runs", data=f"folder:{tmp_path}"), fresh=False)
+    assert candidate(studies.get("ablations")(run), "mixing", "none").model.num_classes == 3
 
 
 def test_the_probe_needs_the_backbone_and_is_a_design_of_its_own():

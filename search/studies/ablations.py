@@ -189,8 +189,7 @@ def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate
     """What every level departs from, in one thing."""
     is_digits = run.data == "digits"
     name = options.model or ("vit_digits" if is_digits else "vit_cifar")
-    num_classes = _num_classes(run.data)
-    model = resized(catalog.resolve(name), img_size=run.img_size, num_classes=num_classes if num_classes > 1 else None)
+    model = resized(catalog.resolve(name), img_size=run.img_size, num_classes=run.num_classes)
     # Trained from fresh weights, a subnet is its architecture, and its parts may be exchanged.
     arch = as_arch(model)
     if arch is not None and arch.prefix is not None and arch.prefix.name == "class_token":
@@ -207,15 +206,6 @@ def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate
         crop="pad" if model.img_size < 64 else "resized",
     )
     return Candidate(model=arch or model, recipe=recipe, label=name)
-
-
-def _num_classes(data: str) -> int:
-    """Those that the data set names; raises ValueError if it is none."""
-    from workers.sources import list_images, parse_source
-
-    source = parse_source(data)
-    listing = list_images(source, source.stamp)
-    return len(listing.class_names or {name for name in listing.classes if name is not None})
 
 
 def chosen_levels(options: AblationOptions, model: Model) -> tuple[dict[str, tuple[str, ...]], list[str]]:
