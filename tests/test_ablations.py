@@ -29,11 +29,11 @@ from results.report import load_report
 from results.study_results import load
 from results.tracking import TrialRecord
 from search.budget import Budget
+from search.preparation import fitted
 from search.registration import register
 from search.storage import open_storage
 from search.strategies.grid import Grid
 from search.studies.ablations import LEVELS, AblationOptions, cells
-from search.preparation import fitted
 from search.study import DESIGNS_ATTRIBUTE, Need, RunSettings, SettingsError, Study, phase_settings, studies
 from space.registry import SpecError
 from space.search_space import Candidate

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from results.mlflow_store import mlflow_client, search_runs
 from results.paths import RunPaths
 from results.records import Metric
 from results.study_results import load
+from search.budget import Budget
 from search.preparation import announcements, data_summary, fitted
 from search.run import main
 from search.storage import open_storage
 from search.strategies.growth import Growth
 from search.study import RunSettings, SettingsError, open_phase, phase_settings, studies
 from space import catalog
+from space.cost import cost
 from space.families.as_vit import TOPOLOGY_AXES, growth_space
 from space.model import resized
 from space.recipe import Recipe
@@ -67,9 +70,11 @@ def test_every_study_takes_the_classes_of_its_networks_from_the_data(study: str,
 
 
 def test_a_head_that_nobody_needs_counts_against_no_budget(tmp_path: Path):
-    model = studies.get("as_vit")(settings("as_vit", tmp_path)).phase("topology").example.model
-    assert model.num_classes == 10
-    assert model == resized(model, num_classes=10)
+    example = studies.get("as_vit")(settings("as_vit", tmp_path)).phase("topology").example
+    with_thousand = replace(example, model=resized(example.model, num_classes=1000))
+    between = Budget(at_most={"params_m": (cost(example.model).params + 1) / 1e6})
+    assert between.holds(example)
+    assert not between.holds(with_thousand)
 
 
 def test_classes_are_counted_and_the_data_is_summarized_without_opening_an_image(shapes: Path, monkeypatch: pytest.MonkeyPatch):
@@ -185,15 +190,13 @@ def test_a_recipe_that_is_mostly_warm_up_says_so(epochs: int, warmup_epochs: flo
     assert bool(Recipe(epochs=epochs, warmup_epochs=warmup_epochs).doubts) == is_doubtful
 
 
-def test_evaluate_warns_of_a_warm_up_before_it_trains(tmp_path: Path):
-    recipe = "epochs=2,batch_size=32"
-    failing = ["--data", "folder:."]  # no image: what is said before is said without any training
-    done = run_here(main, "evaluate", "vit_digits", "--evaluators", "short_train", "--recipe", recipe, *failing, cwd=tmp_path)
-    assert done.returncode == 2
+def test_evaluate_warns_of_a_warm_up_before_it_reads_the_images(tmp_path: Path):
     (tmp_path / "cat").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "0.png")
-    done = run_here(main, "evaluate", "vit_digits", "--evaluators", "short_train", "--recipe", recipe, *failing, cwd=tmp_path)
+    flags = ["--evaluators", "short_train", "--recipe", "epochs=2,batch_size=32", "--data", "folder:."]
+    done = run_here(main, "evaluate", "vit_digits", *flags, cwd=tmp_path)
     assert done.returncode == 2
+    assert "one class only" in done.stderr or "too few" in done.stderr
     assert "warning: recipe: 2 of 2 epochs are warm-up" in done.stderr
 
 
@@ -212,6 +215,7 @@ def test_what_a_study_will_do_is_said_with_its_limits_and_where_they_come_from(t
 
 
 GOALS = (Metric("width", "maximize"),)
+SPACE = growth_space(img_size=64, proxy_img_size=64, num_classes=10)
 
 
 def grown(growth: Growth, widths_first: bool) -> tuple[int, int | None, int | None]:
@@ -223,16 +227,15 @@ def grown(growth: Growth, widths_first: bool) -> tuple[int, int | None, int | No
         for point in batch:
             study.enqueue_trial(dict(point))
             trial = study.ask()
-            study.tell(trial, sign * growth._space.suggest(trial)["proxy_embed_dim"])
+            study.tell(trial, float(sign * int(SPACE.suggest(trial)["proxy_embed_dim"])))
     return len(study.trials), said, growth.num_total(study)
 
 
 @pytest.mark.parametrize("widths_first", [True, False])
 @pytest.mark.parametrize("rounds", [1, 4])
 def test_growth_takes_no_more_rounds_and_trials_than_it_says(rounds: int, widths_first: bool):
-    space = growth_space(img_size=64, proxy_img_size=64, num_classes=10)
-    topology = {axis: value for axis, value in next(space.points()).items() if axis in TOPOLOGY_AXES}
-    growth = Growth(space=space, topology=topology, max_params=10**9, objectives=GOALS, max_rounds=rounds)
+    topology = {axis: value for axis, value in next(SPACE.points()).items() if axis in TOPOLOGY_AXES}
+    growth = Growth(space=SPACE, topology=topology, max_params=10**9, objectives=GOALS, max_rounds=rounds)
     measured, before, after = grown(growth, widths_first)
     assert before is not None
     assert 1 + 8 * rounds <= measured <= before <= 1 + 16 * rounds
@@ -249,7 +252,9 @@ def test_a_table_s_digest_names_its_network_and_the_parent_run_knows_the_data(tm
     assert line in done.stdout.splitlines()
     uri = RunPaths(tmp_path / "runs").mlflow_uri
     client = mlflow_client(uri)
-    (parent,) = search_runs(client, [client.get_experiment_by_name("smoke").experiment_id], "tags.kind = 'invocation'")
+    experiment = client.get_experiment_by_name("smoke")
+    assert experiment is not None
+    (parent,) = search_runs(client, [experiment.experiment_id], "tags.kind = 'invocation'")
     assert parent.data.params["data_summary"] == line
     digest = load(uri, "smoke").digest.iloc[0]
     described = run_here(main, "describe", digest[:4], "--json", cwd=tmp_path)

@@ -145,6 +145,7 @@ def ablations(run: RunSettings) -> Study:
             evaluators=(run.call("short_train"), *robustness),
             objectives=("val_top1_pct",),
             propose=_grid(cells(levels, seeds)),
+            plan=_plan_of_cells(len(cells(levels, seeds)), f"trained for {options.epochs} epochs (--epochs)"),
         )
     ]
     designs: dict[str, Design] = {}
@@ -312,6 +313,10 @@ def _grid(points: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], 
     return propose
 
 
+def _plan_of_cells(number: int, how: str) -> str:
+    return f"{number} cells of the design, of which equal ones are measured once, each {how}"
+
+
 def _probe_phases(run: RunSettings, reference: Candidate, points: Sequence[Mapping[str, Any]]) -> tuple[Phase, Phase]:
     """One training of the reference, and the poolings on its frozen tokens."""
     assert reference.recipe is not None
@@ -327,6 +332,7 @@ def _probe_phases(run: RunSettings, reference: Candidate, points: Sequence[Mappi
         evaluators=(run.call("short_train"),),
         objectives=("val_top1_pct",),
         propose=_grid([{"seed": run.seed}]),
+        plan=f"the reference, trained once for {recipe.epochs} epochs (--epochs)",
     )
     probe = Phase(
         name="probe",
@@ -334,6 +340,7 @@ def _probe_phases(run: RunSettings, reference: Candidate, points: Sequence[Mappi
         evaluators=(run.call("linear_probe"),),
         objectives=("val_top1_pct",),
         propose=_grid(points),
+        plan=_plan_of_cells(len(points), "a pooling and a head trained on the frozen backbone"),
         needs=(Need("backbone"),),
     )
     return backbone, probe
