@@ -507,13 +507,13 @@ def read_study(uri: str, study_name: str) -> StudyRuns:
 
 
 def find_candidate(uri: str, digest: str) -> dict[str, Any] | None:
-    """The candidate, of any experiment, whose model digest begins with `digest` (6 hex digits at least).
+    """The candidate, of any experiment, whose model digest begins with `digest` (4 hex digits at least).
 
     Returns its JSON as it was recorded, None if no run has it. Raises ValueError for a malformed or ambiguous digest.
     """
     digest = digest.lower()
-    if len(digest) < 6 or any(letter not in "0123456789abcdef" for letter in digest):
-        raise ValueError(f"{digest!r} is no digest; expected at least 6 hexadecimal digits")
+    if len(digest) < 4 or any(letter not in "0123456789abcdef" for letter in digest):
+        raise ValueError(f"{digest!r} is no digest; expected at least 4 hexadecimal digits")
     path = sqlite_path(uri)
     if path is not None and not path.exists():
         return None

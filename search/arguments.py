@@ -51,7 +51,7 @@ def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Name
     )
     parser.add_argument("--name", metavar="NAME", help="name of the study in Optuna and MLflow, if not that of the method")
     parser.add_argument("--trials", type=positive_int, metavar="N", help="trials to complete in the phases that count them")
-    parser.add_argument("--img-size", type=positive_int, metavar="PX", help="image size of the reported networks")
+    add_network_flags(parser)
     parser.add_argument("--proxy-img-size", type=positive_int, metavar="PX", help="image size at which networks are scored")
     bound = "of a metric that is known without measuring, e.g. gmacs=1.3; repeatable"
     parser.add_argument("--max", action="append", default=[], metavar="METRIC=VALUE", help=f"budget: upper bound {bound}")
@@ -156,9 +156,16 @@ def _recipe_value(name: str, text: str, hint: Any) -> Any:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="catalogue name, method's string, path of a spec's JSON, or digest")
+    parser.add_argument(
+        "model", metavar="MODEL", help="catalogue name, method's string, path of a spec's JSON, or a digest or its first 4 digits"
+    )
     parser.add_argument("--runs", metavar="DIR", help="where to look a digest up; default: ./runs")
     parser.add_argument("--tracking-uri", metavar="URI", help="where to look a digest up instead")
+
+
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--img-size", type=positive_int, metavar="PX", help="image size of the reported networks")
+    parser.add_argument("--num-classes", type=positive_int, metavar="N", help="classes of the networks; default: those of the data")
 
 
 def add_measuring_flags(parser: argparse.ArgumentParser) -> None:

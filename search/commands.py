@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from results.paths import RunPaths, without_password
-from search.arguments import add_measuring_flags, add_model, parse_recipe, parse_study, positive_int, ray_address, run_settings, runs_folder
+from search.arguments import (
+    add_measuring_flags,
+    add_model,
+    add_network_flags,
+    parse_recipe,
+    parse_study,
+    positive_int,
+    ray_address,
+    run_settings,
+    runs_folder,
+)
 from search.interruption import Interruption
 from search.study import RunSettings, studies
 from space import catalog
 from space.component import KINDS, components
 from space.registry import SpecError, unknown_name
+
+if TYPE_CHECKING:
+    from space.model import Model
+    from workers.data import DataSet
+    from workers.evaluator import Call
+
+MIN_DIGITS = 4
+"""Of a digest, to be taken for one."""
 
 
 def list_all(argv: list[str]) -> int:
@@ -68,21 +87,26 @@ def evaluate_model(argv: list[str]) -> int:
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="where weights and artifacts go; default: nowhere that lasts")
     parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads (default 1); they decide a score's last bits")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_network_flags(parser)
     add_measuring_flags(parser)
     args = parser.parse_args(argv)
     from results.records import Failure
     from space.search_space import Candidate
-    from workers.data import check_source
     from workers.evaluate import Job, evaluate
     from workers.resources import resources_of
 
     settings = run_settings("evaluate", args)
     calls = tuple(settings.call(name.strip()) for name in args.evaluators.split(","))
     _refuse_settings_of_others(settings, [call.name for call in calls])
-    if any(call.evaluator.uses_data for call in calls):
-        check_source(args.data)
-    spec = resolve_model(args.model, args)
+    spec = _fitted_model(args, calls)
     recipe = parse_recipe(args.recipe, args.seed)
+    for call in calls:
+        call.evaluator.check(spec, recipe, call.settings)
+    # With --json, standard output is one object.
+    told = sys.stderr if args.json else sys.stdout
+    for doubt in recipe.doubts if recipe else ():
+        print(f"warning: {doubt}", file=sys.stderr)
+    dataset = _told_dataset(args.data, calls, spec, told)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             trial=0,
@@ -96,7 +120,7 @@ def evaluate_model(argv: list[str]) -> int:
             num_threads=args.threads,
             resources=resources_of(calls, gpus=args.gpus),
         )
-        outcome = evaluate(job)
+        outcome = evaluate(job, dataset=dataset)
     if isinstance(outcome, Failure):
         print(outcome.traceback, file=sys.stderr) if outcome.kind == "error" else None
         print(f"failed ({outcome.kind}): {outcome.message}", file=sys.stderr)
@@ -120,6 +144,35 @@ def evaluate_model(argv: list[str]) -> int:
     return 0
 
 
+def _fitted_model(args: argparse.Namespace, calls: tuple[Call, ...]) -> Model:
+    """The model that is named, with the classes of the data if an evaluator reads data; the flags say otherwise."""
+    from search.preparation import check_num_classes
+    from space.model import resized
+    from workers.data import check_source, count_classes
+
+    num_classes: int | None = args.num_classes
+    if any(call.evaluator.uses_data for call in calls):
+        in_data = count_classes(check_source(args.data))
+        if num_classes is None:
+            num_classes = in_data if in_data > 1 else None
+        elif any(call.evaluator.needs_dataset for call in calls):
+            check_num_classes(num_classes, args.data, in_data)
+    return resized(resolve_model(args.model, args), img_size=args.img_size, num_classes=num_classes)
+
+
+def _told_dataset(data: str, calls: tuple[Call, ...], model: Model, told: TextIO) -> DataSet | None:
+    """The data set that the evaluators need, None if they need none; what they read is told first."""
+    from workers.data import load_dataset, summarize
+
+    if any(call.evaluator.needs_dataset for call in calls):
+        dataset = load_dataset(data, img_size=model.img_size)
+        print(dataset.summary, file=told)
+        return dataset
+    if any(call.evaluator.uses_data for call in calls):
+        print(summarize(data, (model.img_size,), with_parts=False), file=told)
+    return None
+
+
 def run_a_study(study: str, argv: list[str]) -> int:
     settings, args = parse_study(study, argv)
     interruption = Interruption()
@@ -141,9 +194,10 @@ def run_a_study(study: str, argv: list[str]) -> int:
     return 0
 
 
-def resolve_model(text: str, args: argparse.Namespace):
+def resolve_model(text: str, args: argparse.Namespace) -> Model:
     """The spec that `text` names: of the catalogue, a method's string, a file, or a leaderboard entry by its digest."""
-    if len(text) >= 6 and all(letter in "0123456789abcdef" for letter in text) and text not in catalog.names():
+    is_digest = re.fullmatch(f"[0-9a-f]{{{MIN_DIGITS},16}}", text) and text not in catalog.names() and not Path(text).is_file()
+    if is_digest:
         from results.mlflow_store import check_tracking, find_candidate
         from space.model import model_from_json
 

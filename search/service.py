@@ -23,6 +23,7 @@ from search.lock import Hold, Lease, LockFile, StudyIsDriven
 from search.loop import PhaseLoop
 from search.measuring import Measuring, needed_trials
 from search.objective import make_objective
+from search.preparation import announcements, data_summary, fitted
 from search.progress import Progress
 from search.registration import register
 from search.storage import open_storage
@@ -50,32 +51,33 @@ def run_study(
     Raises ValueError, before any work, for whatever a user can have got wrong; PhaseStopped when the work itself cannot
     go on. However it ends, what was measured is kept.
     """
-    opened = _Opened(settings)
+    plan = Plan(settings, fresh=fresh)
     progress = Progress()
-    progress.say(f"results in {opened.paths.root} (Optuna: {opened.shown_storage}; MLflow: {opened.shown_tracking})")
-    for note in opened.study.notes:
-        progress.say(note)
-    check_tracking(opened.tracking_uri)
-    with _driving(opened, fresh) as (hold, storage, phases):
-        for phase, design in opened.study.designs.items():
+    progress.say(f"results in {plan.paths.root} (Optuna: {plan.shown_storage}; MLflow: {plan.shown_tracking})")
+    summary = data_summary(plan.study, plan.settings)
+    for line in ([summary] if summary else []) + announcements(plan.study, plan.settings, given=settings) + [*plan.study.notes]:
+        progress.say(line)
+    check_tracking(plan.tracking_uri)
+    with driving(plan, fresh) as (hold, storage, phases):
+        for phase, design in plan.study.designs.items():
             for line in register(phases[phase], design):
                 progress.say(line)
         tracker = MlflowTracker(
-            uri=opened.tracking_uri,
+            uri=plan.tracking_uri,
             study_name=settings.study_name,
             study_id=next(iter(phases.values())).user_attrs[IDENTITY_ATTRIBUTE],
-            artifact_root=opened.artifact_root,
-            invocation={"command": command, **_shown_settings(opened.settings)},
-            objectives={phase.name: list(phase.goals) for phase in opened.study.phases},
-            measured={phase.name: list(phase.metrics) for phase in opened.study.phases},
-            designs=opened.designs(),
+            artifact_root=plan.artifact_root,
+            invocation={"command": command, **_shown_settings(plan.settings), "data_summary": summary},
+            objectives={phase.name: list(phase.goals) for phase in plan.study.phases},
+            measured={phase.name: list(phase.metrics) for phase in plan.study.phases},
+            designs=plan.designs(),
         )
         try:
-            with closing(_make_pool(opened, max_workers, ray_address)) as pool:
-                for phase in opened.study.phases:
-                    pool.check(phase.trial_resources(opened.settings))
-                for phase in opened.study.phases:
-                    _run_phase(opened, phase, phases, storage, pool, tracker, progress, hold, interruption)
+            with closing(_make_pool(plan, max_workers, ray_address)) as pool:
+                for phase in plan.study.phases:
+                    pool.check(phase.trial_resources(plan.settings))
+                for phase in plan.study.phases:
+                    _run_phase(plan, phase, phases, storage, pool, tracker, progress, hold, interruption)
         except BaseException as error:
             _end_early(tracker, error, progress)
             raise
@@ -83,13 +85,28 @@ def run_study(
         results = attach_leaderboard(tracker)
     print_results(results, LEADERBOARD_ROWS)
     print(f"all of it: python -m results.leaderboard {settings.study_name}")
-    for line in how_to_browse(opened.tracking_uri, tracker.view_addresses):
+    for line in how_to_browse(plan.tracking_uri, tracker.view_addresses):
         print(line)
 
 
 def _shown_settings(settings: RunSettings) -> dict[str, str]:
     """The settings of a run as the parameters of its parent run in MLflow, without those that say where things are stored."""
-    plain = ("study", "seed", "data", "num_trials", "img_size", "proxy_img_size", "strategy", "gpus", "processes", "time_limit_s")
+    plain = (
+        *("study", "seed", "data", "num_trials", "num_classes", "img_size", "proxy_img_size", "strategy"),
+        *("gpus", "processes", "time_limit_s"),
+    )
+        "study",
+        "seed",
+        "data",
+        "num_trials",
+        "img_size",
+        "proxy_img_size",
+        "strategy",
+        "num_classes",
+        "gpus",
+        "processes",
+        "time_limit_s",
+    )
     own = {} if settings.options is None else {field.name: getattr(settings.options, field.name) for field in fields(settings.options)}
     chosen = {f"{name}.{key}": text for name, texts in settings.evaluator_settings.items() for key, text in texts.items()}
     shown = {**{name: getattr(settings, name) for name in plain}, "budget": str(settings.budget) or None, **own, **chosen}
@@ -106,7 +123,7 @@ def _end_early(tracker: MlflowTracker, error: BaseException, progress: Progress)
 
 
 def _run_phase(
-    opened: _Opened,
+    plan: Plan,
     phase: Phase,
     phases: Mapping[str, optuna.Study],
     storage: BaseStorage,
@@ -118,11 +135,11 @@ def _run_phase(
 ) -> None:
     try:
         PhaseLoop(
-            study_name=opened.settings.study_name,
+            study_name=plan.settings.study_name,
             phase=phase,
             study=phases[phase.name],
             storage=storage,
-            measuring=opened.measuring(phase, opened.earlier(phase, phases)),
+            measuring=plan.measuring(phase, plan.earlier(phase, phases)),
             pool=pool,
             tracker=tracker,
             progress=progress,
@@ -134,7 +151,7 @@ def _run_phase(
         raise
     except ValueError as error:
         # What a user can get wrong was checked before; from here on a ValueError is our own, and wants its traceback.
-        raise RuntimeError(f"{opened.settings.study_name}/{phase.name} met an internal error") from error
+        raise RuntimeError(f"{plan.settings.study_name}/{phase.name} met an internal error") from error
 
 
 def open_study(name: str, **settings: Any) -> optuna.Study:
@@ -143,43 +160,44 @@ def open_study(name: str, **settings: Any) -> optuna.Study:
     `settings` are the fields of `RunSettings`, `runs` among them. Raises ValueError when the study was created with
     other settings.
     """
-    opened, phase = _open_for_user(name, settings)
-    return open_phase(f"{opened.settings.study_name}/{phase.name}", phase, opened.settings, opened.data_fingerprint, opened.storage())
+    plan, phase = _open_for_user(name, settings)
+    return open_phase(f"{plan.settings.study_name}/{phase.name}", phase, plan.settings, plan.data_fingerprint, plan.storage())
 
 
 def objective(name: str, **settings: Any) -> Callable[[optuna.Trial], float | tuple[float, ...]]:
     """The objective of the phase `STUDY/PHASE` for `study.optimize`: measures in this process, without Ray or MLflow."""
-    opened, phase = _open_for_user(name, settings)
-    storage, study_name = opened.storage(), opened.settings.study_name
+    plan, phase = _open_for_user(name, settings)
+    storage, study_name = plan.storage(), plan.settings.study_name
     try:
         earlier = {need.phase: optuna.load_study(study_name=f"{study_name}/{need.phase}", storage=storage) for need in phase.needs}
     except KeyError as error:
         needed = ", ".join(need.phase for need in phase.needs)
-        raise SettingsError(f"phase {phase.name!r} needs {needed}, which {opened.shown_storage} does not hold") from error
-    return make_objective(phase, opened.measuring(phase, opened.earlier(phase, earlier)))
+        raise SettingsError(f"phase {phase.name!r} needs {needed}, which {plan.shown_storage} does not hold") from error
+    return make_objective(phase, plan.measuring(phase, plan.earlier(phase, earlier)))
 
 
-def _open_for_user(name: str, settings: Mapping[str, Any]) -> tuple[_Opened, Phase]:
+def _open_for_user(name: str, settings: Mapping[str, Any]) -> tuple[Plan, Phase]:
     method, _, phase = name.partition("/")
     runs = Path(settings.get("runs", "runs")).expanduser().absolute()
     options = studies.get(method).options
     own = {field.name for field in fields(options)}
-    known = own | {field.name for field in fields(RunSettings)} - {"study", "options"}
+    known = own | {field.name for field in fields(RunSettings)} - {"study", "options", "defaults"}
     for setting in settings:
         if setting not in known:
             raise unknown_name("setting", setting, known, f"study {method!r}")
     run = {setting: value for setting, value in settings.items() if setting not in own}
     chosen = options(**{setting: value for setting, value in settings.items() if setting in own})
-    opened = _Opened(RunSettings(**{**run, "study": method, "runs": runs, "options": chosen}))
-    return opened, opened.study.phase(phase)
+    plan = Plan(RunSettings(**{**run, "study": method, "runs": runs, "options": chosen}))
+    return plan, plan.study.phase(phase)
 
 
-class _Opened:
+class Plan:
     """A study whose settings were all checked, and where its things lie. Nothing is created yet but the hashes of its data files."""
 
-    def __init__(self, settings: RunSettings):
+    def __init__(self, settings: RunSettings, *, fresh: bool = False):
         if not re.fullmatch(STUDY_NAME, settings.study_name):
             raise SettingsError(f"--name {settings.study_name!r} is no name for a study; allowed: letters, digits and . _ + = -")
+        settings = fitted(settings, fresh=fresh)
         self.study: Study = studies.get(settings.study)(settings)
         used = {call.name for phase in self.study.phases for call in phase.evaluators}
         for name in settings.evaluator_settings:
@@ -244,10 +262,10 @@ class _Opened:
 
 
 @contextmanager
-def _driving(opened: _Opened, fresh: bool) -> Iterator[tuple[Hold, BaseStorage, dict[str, optuna.Study]]]:
+def driving(plan: Plan, fresh: bool) -> Iterator[tuple[Hold, BaseStorage, dict[str, optuna.Study]]]:
     """Hold the study against other drivers, with its storage and the Optuna study of every phase open."""
-    name = opened.settings.study_name
-    first = f"{name}/{opened.study.phases[0].name}"
+    name = plan.settings.study_name
+    first = f"{name}/{plan.study.phases[0].name}"
     with ExitStack() as stack:
 
         def held(hold: Hold) -> Hold:
@@ -255,18 +273,18 @@ def _driving(opened: _Opened, fresh: bool) -> Iterator[tuple[Hold, BaseStorage, 
             return hold
 
         # The work folder and MLflow's store are in the runs directory; the Optuna storage may be shared by several of those.
-        hold = held(LockFile(opened.paths.lock(name), name))
-        storage = opened.storage()
+        hold = held(LockFile(plan.paths.lock(name), name))
+        storage = plan.storage()
         lease: Lease | None = None
-        if "://" not in opened.storage_location:
-            held(LockFile(journal_lock(Path(opened.storage_location), name), name))
+        if "://" not in plan.storage_location:
+            held(LockFile(journal_lock(Path(plan.storage_location), name), name))
         elif first in optuna.get_all_study_names(storage):
             hold = held(lease := Lease(optuna.load_study(study_name=first, storage=storage), say=Progress().say))
         archiving = Archiving(
             name=name,
-            first_phase=opened.study.phases[0].name,
-            paths=opened.paths,
-            tracking_uri=opened.tracking_uri,
+            first_phase=plan.study.phases[0].name,
+            paths=plan.paths,
+            tracking_uri=plan.tracking_uri,
             storage=storage,
             hold=hold,
         )
@@ -274,15 +292,15 @@ def _driving(opened: _Opened, fresh: bool) -> Iterator[tuple[Hold, BaseStorage, 
         if fresh:
             archiving.run()
         phases = {
-            phase.name: open_phase(f"{name}/{phase.name}", phase, opened.settings, opened.data_fingerprint, storage)
-            for phase in opened.study.phases
+            phase.name: open_phase(f"{name}/{phase.name}", phase, plan.settings, plan.data_fingerprint, storage)
+            for phase in plan.study.phases
         }
-        if "://" in opened.storage_location and not (lease and lease.is_held()):
-            hold = held(Lease(phases[opened.study.phases[0].name], say=Progress().say))
+        if "://" in plan.storage_location and not (lease and lease.is_held()):
+            hold = held(Lease(phases[plan.study.phases[0].name], say=Progress().say))
         yield hold, storage, phases
 
 
-def _make_pool(opened: _Opened, max_workers: int | None, ray_address: str) -> Pool:
-    if all(call.evaluator.is_free for phase in opened.study.phases for call in phase.evaluators):
+def _make_pool(plan: Plan, max_workers: int | None, ray_address: str) -> Pool:
+    if all(call.evaluator.is_free for phase in plan.study.phases for call in phase.evaluators):
         return SerialPool()
     return RayPool(address=ray_address, max_workers=max_workers)

@@ -19,7 +19,7 @@ from search.budget import UNLIMITED, Budget
 from search.strategy import Problem, Proposer, strategies
 from space.recipe import Recipe
 from space.registry import Registry, SpecError
-from space.search_space import SearchSpace
+from space.search_space import Candidate, SearchSpace
 from workers.data import BY_CONTENT
 from workers.evaluator import Call, by_todays_names, evaluators
 from workers.resources import Resources, resources_of
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     import optuna
 
     from results.effects.design import Design
+
+FITTED = 2
+"""The defaults of studies whose networks have the classes of their data; those before are 1."""
 
 SETTINGS_ATTRIBUTE = "settings"
 IDENTITY_ATTRIBUTE = "study_id"
@@ -49,6 +52,8 @@ class RunSettings:
 
     `img_size` is that of the reported networks and `proxy_img_size` that at which they are scored, both in pixels.
     `evaluator_settings` holds `--set evaluator.field=text` as `{evaluator: {field: text}}`.
+    `num_classes` is that of the networks; `search.preparation` takes it from the data where nobody says it. `defaults` numbers the
+    defaults of the time when the study was created, which it keeps.
     `budget` is what the reported networks may cost. `gpus` are those of each of a trial's
     `processes`. `options` are the study's own flags, an instance of its class of them.
     """
@@ -60,6 +65,8 @@ class RunSettings:
     seed: int = 0
     img_size: int | None = None
     proxy_img_size: int | None = None
+    num_classes: int | None = None
+    defaults: int = FITTED
     data: str = "digits"
     budget: Budget = UNLIMITED
     strategy: str | None = None
@@ -77,6 +84,10 @@ class RunSettings:
     @property
     def study_name(self) -> str:
         return self.name or self.study
+
+    def num_classes_or(self, own: int) -> int:
+        """The classes of the networks of a study that has `own` where nothing says otherwise, and had always before `FITTED`."""
+        return self.num_classes or own if self.defaults >= FITTED else own
 
     def call(self, evaluator: str) -> Call:
         """The evaluator with this run's settings for it; raises SpecError for a setting it does not have."""
@@ -98,7 +109,7 @@ class Phase:
     Either a `strategy` proposes `num_trials` trials one by one, or `propose` makes a proposer that works in rounds and
     ends by itself, from what the earlier phases found. `needs` says which trials of earlier phases the evaluators are given.
     `resources` are what each trial takes; None takes what the evaluators declare, with the user's GPUs and processes for those that
-    can use them.
+    can use them. `plan` says what a proposer will do, and its limits.
     """
 
     name: str
@@ -111,6 +122,7 @@ class Phase:
     propose: Callable[[Mapping[str, optuna.Study]], Proposer] | None = None
     needs: tuple[Need, ...] = ()
     resources: Resources | None = None
+    plan: str = ""
 
     def __post_init__(self) -> None:
         if (self.strategy is None) == (self.propose is None):
@@ -140,6 +152,11 @@ class Phase:
         return self.resources or resources_of(self.evaluators, gpus=run.gpus, processes=run.processes)
 
     @cached_property
+    def example(self) -> Candidate:
+        """The candidate at the first point of the space."""
+        return self.space.decode(next(self.space.points()))
+
+    @cached_property
     def metrics(self) -> dict[str, Metric]:
         return {metric.name: metric for call in self.evaluators for metric in call.evaluator.metrics}
 
@@ -167,6 +184,11 @@ class Study:
             if unknown := [need.phase for need in phase.needs if need.phase not in earlier]:
                 raise SpecError(f"phase {phase.name!r} needs {', '.join(unknown)}, which no earlier phase is called")
             earlier.append(phase.name)
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The evaluators of all phases."""
+        return tuple(call for phase in self.phases for call in phase.evaluators)
 
     def phase(self, name: str) -> Phase:
         for phase in self.phases:
@@ -231,12 +253,13 @@ def study(name: str, *, options: type[Options] = Options) -> Callable[[Callable[
 def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dict[str, Any]:
     """What a phase's measurements depend on: stored with its Optuna study and compared when it is opened again."""
     uses_data = any(call.evaluator.uses_data for call in phase.evaluators)
-    example = phase.space.decode(next(phase.space.points()))
+    example = phase.example
     # Keys that came later stand only where they say something, so that older studies still compare equal.
     recipe = {"recipe": dataclasses.replace(example.recipe, seed=0).to_json()} if example.recipe else {}
     resources = phase.trial_resources(run)
     processes = {"processes": resources.processes} if resources.processes > 1 else {}
     accelerator = {"accelerator_type": resources.accelerator_type} if resources.accelerator_type else {}
+    fitted = {"defaults": run.defaults, "num_classes": example.model.num_classes} if run.defaults >= FITTED else {}
     return {
         "study": run.study,
         "space": phase.space.to_json(),
@@ -250,6 +273,7 @@ def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dic
         **recipe,
         **processes,
         **accelerator,
+        **fitted,
     }
 
 

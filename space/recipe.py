@@ -99,6 +99,16 @@ class Recipe:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
         return {**fields, **({"mixing_grids": list(self.mixing_grids)} if self.mixing_grids else {})}
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What is legal and trains badly all the same, one sentence each, to be told before the training."""
+        if self.warmup_epochs > self.epochs / 2:
+            return (
+                f"recipe: {min(self.warmup_epochs, self.epochs):g} of {self.epochs} epochs are warm-up, in which the learning rate only "
+                f"rises to lr {self.lr:g}; more epochs or a shorter warm-up (warmup_epochs={self.epochs / 10:g}) train better",
+            )
+        return ()
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
         """The recipe of `to_json`'s object; raises SpecError saying which field is wrong."""

@@ -29,6 +29,7 @@ from results.report import load_report
 from results.study_results import load
 from results.tracking import TrialRecord
 from search.budget import Budget
+from search.preparation import fitted
 from search.registration import register
 from search.storage import open_storage
 from search.strategies.grid import Grid
@@ -220,7 +221,8 @@ def test_the_classes_are_those_of_the_data(tmp_path: Path):
     for name in ("cat", "dog", "eel"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / name / "0.png")
-    assert candidate(make(data=f"folder:{tmp_path}"), "mixing", "none").model.num_classes == 3
+    run = fitted(RunSettings(study="ablations", runs=tmp_path / "runs", data=f"folder:{tmp_path}"), fresh=False)
+    assert candidate(studies.get("ablations")(run), "mixing", "none").model.num_classes == 3
 
 
 def test_the_probe_needs_the_backbone_and_is_a_design_of_its_own():

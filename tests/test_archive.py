@@ -22,7 +22,7 @@ from results.mlflow_store import mlflow_client, search_runs
 from results.paths import RunPaths
 from search.interruption import Interruption
 from search.lock import Lease, StudyIsDriven
-from search.service import _driving, _Opened
+from search.service import Plan, driving
 from search.storage import open_storage
 from search.study import Phase, RunSettings, Study, study
 
@@ -158,7 +158,7 @@ def test_a_study_that_others_made_after_ours_was_moved_is_left_alone(tmp_path: P
     killed(mine, "MLflow", 1)
     run(settings(tmp_path / "others", storage=storage, num_trials=2))
     before = optuna_trials(storage)
-    with _driving(_Opened(mine), fresh=False):
+    with driving(Plan(mine), fresh=False):
         pass
     assert optuna_trials(storage) == before
     assert {len(values) for values in before.values()} == {2, 3}
@@ -191,7 +191,7 @@ def test_fresh_leaves_a_study_alone_that_another_driver_runs_from_a_database(tmp
     storage = f"sqlite:///{tmp_path / 'optuna.db'}"
     run(settings(tmp_path / "a", storage=storage))
     before = optuna_trials(storage)
-    with _driving(_Opened(settings(tmp_path / "a", storage=storage)), fresh=False) as (hold, _):
+    with driving(Plan(settings(tmp_path / "a", storage=storage)), fresh=False) as (hold, _, _):
         live.append(hold)
         with pytest.raises(StudyIsDriven, match=f"process {os.getpid()}"):
             run(settings(tmp_path / "b", storage=storage), fresh=True)
@@ -205,7 +205,7 @@ def test_fresh_leaves_a_study_alone_that_another_driver_runs_from_a_database(tmp
 def test_two_runs_folders_with_one_journal_do_not_drive_a_study_at_once(tmp_path: Path):
     storage = str(tmp_path / "shared.journal")
     with (
-        _driving(_Opened(settings(tmp_path / "a", storage=storage)), fresh=False),
+        driving(Plan(settings(tmp_path / "a", storage=storage)), fresh=False),
         pytest.raises(StudyIsDriven, match=f"process {os.getpid()}"),
     ):
         run(settings(tmp_path / "b", storage=storage))
@@ -214,7 +214,7 @@ def test_two_runs_folders_with_one_journal_do_not_drive_a_study_at_once(tmp_path
 
 def test_two_storages_with_one_runs_folder_do_not_drive_a_study_at_once(tmp_path: Path):
     with (
-        _driving(_Opened(settings(tmp_path)), fresh=False),
+        driving(Plan(settings(tmp_path)), fresh=False),
         pytest.raises(StudyIsDriven, match=f"process {os.getpid()}"),
     ):
         run(settings(tmp_path, storage=f"sqlite:///{tmp_path / 'optuna.db'}"))

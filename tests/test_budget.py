@@ -239,9 +239,9 @@ def test_as_vit_holds_all_networks_to_upper_bounds_and_its_family_to_all():
     assert study.phase("topology").budget == budget.upper()
     assert study.phase("growth").budget == budget.upper()
     assert study.notes[0].startswith("--min params_m=3 is for the family")
-    assert as_vit(UNLIMITED).phase("growth").budget == Budget(at_most={"params_m": 100.0})
+    assert as_vit(UNLIMITED).phase("growth").budget == Budget(at_most={"params_m": 30.0})
     assert as_vit(UNLIMITED).notes == ()
-    with pytest.raises(SettingsError, match="--min params_m=150: growth ends at 100 unless told otherwise"):
+    with pytest.raises(SettingsError, match="--min params_m=150: growth ends at 30 unless told otherwise"):
         as_vit(Budget(at_least={"params_m": 150}))
     with pytest.raises(
         SpecError, match=r"no network of space 'as_vit/growth' is within --max params_m=3 --max gmacs=0\.01 --min params_m=2\.9"

@@ -81,7 +81,7 @@ MISTAKES = {
         "the nearest of its 720 has gmacs 0.0003935 (ViT-32x2/8 2h r2 learned mean)",
     ),
     "lower bound too large": (["smoke", "--min", "depth=5"], "is within --min depth=5; the nearest of its 720 has depth 4 (ViT-32x4/4"),
-    "bounds that no family meets": (["as_vit", "--max", "gmacs=0.2", "--min", "params_m=50"], "of space 'as_vit/growth' is within"),
+    "bounds that no family meets": (["as_vit", "--max", "gmacs=0.2", "--min", "params_m=25"], "of space 'as_vit/growth' is within"),
     "bounds without a network between": (["smoke", "--max", "depth=3.5", "--min", "depth=3.1"], "--max depth=3.5 --min depth=3.1"),
     "bounds the wrong way round": (["smoke", "--max", "depth=2", "--min", "depth=3"], "--max depth=2 is below --min depth=3"),
     "lower bound above growth's end": (["as_vit", "--min", "params_m=150"], "give --max params_m=M too"),

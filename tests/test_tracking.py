@@ -300,13 +300,13 @@ def test_a_candidate_is_found_by_the_beginning_of_its_digest(paths):
     tracker = make(paths)
     for number, digest in enumerate(["abcdef0000000001", "abcdef0000000002", "1234567890abcdef"]):
         tracker.record(trial(number, digest=digest), MEASURED)
-    assert find_candidate(paths.mlflow_uri, "123456") == trial(2).candidate
+    assert find_candidate(paths.mlflow_uri, "1234") == trial(2).candidate
     assert find_candidate(paths.mlflow_uri, "ABCDEF0000000002") == trial(1).candidate
     assert find_candidate(paths.mlflow_uri, "999999") is None
     with pytest.raises(ValueError, match="ambiguous: abcdef0000000001, abcdef0000000002"):
-        find_candidate(paths.mlflow_uri, "abcdef")
-    with pytest.raises(ValueError, match="at least 6 hexadecimal"):
-        find_candidate(paths.mlflow_uri, "12345")
+        find_candidate(paths.mlflow_uri, "abcd")
+    with pytest.raises(ValueError, match="at least 4 hexadecimal"):
+        find_candidate(paths.mlflow_uri, "123")
 
 
 def test_nothing_is_created_by_looking(tmp_path):

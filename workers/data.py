@@ -6,6 +6,7 @@ Sources are strings, see `workers/sources.py`.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -73,6 +74,13 @@ class DataSet:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def summary(self) -> str:
+        """One line for a user: source, images, classes, parts, size and damaged files, of a streamed set those found so far."""
+        parts = {"train": len(self.train), "val": len(self.val), "test": len(self.test)}
+        skipped = f"{len(self.skipped)} skipped as damaged ({_some(self.skipped)})" if self.skipped else "none skipped"
+        return _summary(self.source, len(self.labels), self.num_classes, parts, (self.img_size,), skipped)
 
     def name(self, index: int) -> str:
         return self.names[index]
@@ -158,6 +166,46 @@ def check_source(source: str, *, num_images: int = 1) -> str:
     return str(place)
 
 
+def count_classes(source: str) -> int:
+    """The classes that a data set of the source would have, 0 without labels; opens no image. Raises ValueError as `check_source`."""
+    place = parse_source(source)
+    return len(_classes_of(list_images(place, place.stamp)))
+
+
+def _classes_of(listing: Listing) -> tuple[str, ...]:
+    found = {name for name in listing.classes if name is not None}
+    return listing.class_names or tuple(sorted(found, key=lambda name: (natural_key(name), name)))
+
+
+def summarize(source: str, img_sizes: Collection[int], *, with_parts: bool) -> str:
+    """As `DataSet.summary`, from the names and labels of the source alone: opens no image, so it knows of no damaged one.
+
+    `with_parts` counts train, val and test. Damaged images, and where the split is ours copies of an image, change these counts by
+    as many when the set is read.
+    """
+    place = parse_source(source)
+    listing = list_images(place, place.stamp)
+    labelled = [name for name in listing.classes if name is not None]
+    parts: dict[str, int] = {}
+    if with_parts:
+        labels = np.unique(labelled, return_inverse=True)[1]
+        official = [part for part, name in zip(listing.parts, listing.classes, strict=True) if name is not None] if listing.parts else None
+        try:
+            split = split_dataset(labels, np.arange(len(labels)), None if official is None else np.array(official))
+        except ValueError as error:
+            raise ValueError(f"data '{place}': {error}") from None
+        parts = dict(zip(("train", "val", "test"), map(len, split), strict=True))
+    skipped = "damaged files are found and skipped when images are read" if listing.files else "none skipped"
+    num_images = len(labelled) if with_parts else len(listing.names)
+    return _summary(str(place), num_images, len(_classes_of(listing)), parts, img_sizes, skipped)
+
+
+def _summary(source: str, num_images: int, num_classes: int, parts: dict[str, int], img_sizes: Collection[int], skipped: str) -> str:
+    split = [", ".join(f"{name} {size:,}" for name, size in parts.items())] if parts else []
+    sizes = ", ".join(map(str, sorted(set(img_sizes))))
+    return "; ".join([f"data {source}: {num_images:,} images, {num_classes:,} classes", *split, f"brought to {sizes} px", skipped])
+
+
 def fingerprint(source: str, *, cache: Path | None = None) -> str:
     """The identity of the data: `digits`, or the scheme, `-bytes-`, and 16 hex digits over the names and the bytes of its files.
 
@@ -238,8 +286,7 @@ def _load_dataset(source: Source, stamp: str, img_size: int, memory_mb: int, has
         if not len(positions):
             raise ValueError(f"{where} has no labels: {_some(unlabelled)} lie in no class folder and have no label of their own")
         warnings.append(f"{len(unlabelled)} images without a class are left out: {_some(unlabelled)}")
-    found = {name for name in listing.classes if name is not None}
-    classes: tuple[str, ...] = listing.class_names or tuple(sorted(found, key=lambda name: (natural_key(name), name)))
+    classes = _classes_of(listing)
 
     images: np.ndarray | None = None
     skipped = listing.damage

@@ -10,8 +10,8 @@ range over all candidates of the round, tied or not.
 Deviations from the released code: the tie is broken among all tied candidates in the objective's own direction (the code
 compares the first two and takes the smaller score, also where larger is better); the range is taken relative to the largest
 magnitude (the code divides by the largest score, which may be zero or negative); the seed is measured too, as round 0;
-duplicate widths are left out; and growth ends when no candidate fits `max_params`, while the code also stops once 80 M
-parameters are reached.
+duplicate widths are left out; and growth ends when no candidate fits `max_params` or after `max_rounds`, while the code stops once
+80 M parameters are reached.
 """
 
 from __future__ import annotations
@@ -47,11 +47,30 @@ class Size:
     proxy_embed_dim: int
 
 
+START = Size((1, 1, 1, 1), 8)
+
+
 def grown(parent: Size, ratios: Sequence[float]) -> tuple[Size, ...]:
     """`parent` with one block more in each stage in turn, at each distinct width of `ratios`; its own width may be one of them."""
     widths = dict.fromkeys(round(parent.proxy_embed_dim * (1 + ratio)) for ratio in ratios)
     depths = [tuple(depth + (stage == grows) for stage, depth in enumerate(parent.depths)) for grows in range(len(parent.depths))]
     return tuple(Size(deeper, width) for deeper in depths for width in widths)
+
+
+def most_trials(rounds: int, *, parent: Size = START, ratios: Sequence[float] = PAPER_RATIOS) -> int:
+    """The most candidates that so many rounds after `parent` can have, on the way through the widths on which they are most.
+
+    Only the width decides how many distinct candidates a round has, as long as all of them fit.
+    """
+    widths, most = {parent.proxy_embed_dim: 0}, 0
+    for _ in range(rounds):
+        reached: dict[int, int] = {}
+        for width, num_before in widths.items():
+            sizes = grown(Size(parent.depths, width), ratios)
+            for size in sizes:
+                reached[size.proxy_embed_dim] = max(reached.get(size.proxy_embed_dim, 0), num_before + len(sizes))
+        widths, most = reached, max(reached.values())
+    return most
 
 
 def best_by_ranks(trials: Sequence[FrozenTrial], goals: Sequence[Metric]) -> list[FrozenTrial]:
@@ -74,7 +93,7 @@ class Growth:
     Everything is derived anew from the told trials of that topology, so growth goes on where it stopped, in the middle
     of a round too; trials of other topologies in the same study are not looked at. A failed or pruned candidate takes
     no part in its round; a failed seed still has its children tried, for they need its shape and not its scores.
-    `max_params` bounds the real network, not the proxy. The family is the winners within `reported`.
+    `max_params` bounds the real network, not the proxy; `max_rounds` of None is no bound. The family is the winners within `reported`.
     `ended` says why there is no further round, empty until then.
     """
 
@@ -86,8 +105,9 @@ class Growth:
         max_params: int,
         objectives: Sequence[Metric],
         reported: Budget = UNLIMITED,
-        start_depths: tuple[int, ...] = (1, 1, 1, 1),
-        start_proxy_embed_dim: int = 8,
+        max_rounds: int | None = None,
+        start_depths: tuple[int, ...] = START.depths,
+        start_proxy_embed_dim: int = START.proxy_embed_dim,
         ratios: Sequence[float] = PAPER_RATIOS,
     ):
         self.ended = ""
@@ -96,6 +116,7 @@ class Growth:
         self._max_params = max_params
         self._objectives = tuple(objectives)
         self._reported = reported
+        self._max_rounds = max_rounds
         self._ratios = tuple(ratios)
         self._start = Size(start_depths, start_proxy_embed_dim)
         space.check(self._point(self._start))
@@ -119,8 +140,16 @@ class Growth:
         """Empty: a round that was begun is measured to its end."""
         return []
 
-    def num_total(self, study: optuna.Study) -> None:
-        """Unknown: every round decides which candidates the next one has."""
+    def num_total(self, study: optuna.Study) -> int | None:
+        """The most trials there will be, for every round decides which candidates the next one has; None without `max_rounds`."""
+        growing = self._grow(study)
+        num_complete = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        if growing.ended:
+            return num_complete + len(growing.wanted)
+        if self._max_rounds is None:
+            return None
+        ahead = most_trials(self._max_rounds - growing.num_rounds, parent=growing.parent, ratios=self._ratios)
+        return num_complete - growing.num_scored + ahead + (self._start not in self._known(study))
 
     def family(self, study: optuna.Study) -> list[FrozenTrial]:
         """The winners of the finished rounds that are within the reported budget, in order: the seed, then each scaled network."""
@@ -142,12 +171,17 @@ class Growth:
         elif known[parent].state == TrialState.COMPLETE:
             growing.winners.append(known[parent])
         for round_number in itertools.count(1):
+            if self._max_rounds is not None and round_number > self._max_rounds:
+                growing.ended = f"{self._max_rounds} rounds are done, and no more are wanted (--rounds)"
+                break
+            growing.parent, growing.num_rounds = parent, round_number - 1
             sizes = [size for size in grown(parent, self._ratios) if self._fits(size)]
             told = [known[size] for size in sizes if size in known and known[size].state.is_finished()]
             complete = [trial for trial in told if trial.state == TrialState.COMPLETE]
             if not sizes:
                 growing.ended = f"no candidate of round {round_number} is in the space and has at most {self._max_params:,} parameters"
                 break
+            growing.num_scored = len(complete)
             if len(told) < len(sizes):
                 growing.wanted += [size for size in sizes if size not in known]
                 break
@@ -192,11 +226,17 @@ class Growth:
 
 @dataclass
 class _Growing:
-    """How far growth has come: the winners so far, the sizes to ask for next, and why it ended if it has."""
+    """How far growth has come: the winners so far, the sizes to ask for next, and why it ended if it has.
+
+    `num_rounds` are finished; `num_scored` candidates of the round after `parent` are.
+    """
 
     winners: list[FrozenTrial] = field(default_factory=list)
     wanted: list[Size] = field(default_factory=list)
     ended: str = ""
+    parent: Size = START
+    num_rounds: int = 0
+    num_scored: int = 0
 
 
 def _size(params: Mapping[str, Any]) -> Size:

@@ -148,6 +148,7 @@ def ablations(run: RunSettings) -> Study:
             evaluators=(run.call("train"), *robustness),
             objectives=("val_top1_pct",),
             propose=_grid(cells(levels, seeds)),
+            plan=_plan_of_cells(len(cells(levels, seeds)), f"trained for {options.epochs} epochs (--epochs)"),
         )
     ]
     designs: dict[str, Design] = {}
@@ -192,8 +193,7 @@ def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate
     """The reference candidate: every level departs from it in one thing."""
     is_digits = run.data == "digits"
     name = options.model or ("vit_digits" if is_digits else "vit_cifar")
-    num_classes = _num_classes(run.data)
-    model = resized(catalog.resolve(name), img_size=run.img_size, num_classes=num_classes if num_classes > 1 else None)
+    model = resized(catalog.resolve(name), img_size=run.img_size, num_classes=run.num_classes)
     # Trained from fresh weights, a subnet is its architecture, and its parts may be exchanged.
     arch = as_arch(model)
     if arch is not None and arch.prefix is not None and arch.prefix.name == "class_token":
@@ -210,15 +210,6 @@ def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate
         crop="pad" if model.img_size < 64 else "resized",
     )
     return Candidate(model=arch or model, recipe=recipe, label=name)
-
-
-def _num_classes(data: str) -> int:
-    """Those that the data set names; raises ValueError if it is none."""
-    from workers.sources import list_images, parse_source
-
-    source = parse_source(data)
-    listing = list_images(source, source.stamp)
-    return len(listing.class_names or {name for name in listing.classes if name is not None})
 
 
 def chosen_levels(options: AblationOptions, model: Model) -> tuple[dict[str, tuple[str, ...]], list[str]]:
@@ -325,6 +316,10 @@ def _grid(points: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], 
     return propose
 
 
+def _plan_of_cells(number: int, how: str) -> str:
+    return f"{number} cells of the design, of which equal ones are measured once, each {how}"
+
+
 def _probe_phases(run: RunSettings, reference: Candidate, points: Sequence[Mapping[str, Any]]) -> tuple[Phase, Phase]:
     """One training of the reference, and the poolings on its frozen tokens."""
     assert reference.recipe is not None
@@ -340,6 +335,7 @@ def _probe_phases(run: RunSettings, reference: Candidate, points: Sequence[Mappi
         evaluators=(run.call("train"),),
         objectives=("val_top1_pct",),
         propose=_grid([{"seed": run.seed}]),
+        plan=f"the reference, trained once for {recipe.epochs} epochs (--epochs)",
     )
     probe = Phase(
         name="probe",
@@ -347,6 +343,7 @@ def _probe_phases(run: RunSettings, reference: Candidate, points: Sequence[Mappi
         evaluators=(run.call("linear_probe"),),
         objectives=("val_top1_pct",),
         propose=_grid(points),
+        plan=_plan_of_cells(len(points), "a pooling and a head trained on the frozen backbone"),
         needs=(Need("backbone"),),
     )
     return backbone, probe

@@ -4,7 +4,7 @@
 
 Phase `topology` searches the 4,556,250 seed topologies by two scores of the untrained network: expected length
 distortion (higher is better) and NTK condition number (lower is better). Phase `growth` scales the best of them in
-depth and width, scoring a narrow proxy of every candidate, into a family of networks up to `--max params_m=M`.
+depth and width, scoring a narrow proxy of every candidate, into a family of networks up to `--max params_m=M`, in `--rounds` at most.
 
 Every network of a study is held to the upper bounds. Lower bounds are for the family alone: seed topologies are small, and
 growth passes through small networks, so those below are measured too and left out of the family.
@@ -22,11 +22,12 @@ search picks the largest merging kernels and decides little else. Every leaderbo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from results.records import Metric
 from search.budget import Budget
-from search.study import Phase, RunSettings, SettingsError, Study, study
+from search.study import FITTED, Options, Phase, RunSettings, SettingsError, Study, study
 from space.families.as_vit import TOPOLOGY_AXES, growth_space, topology_space
 
 if TYPE_CHECKING:
@@ -34,15 +35,33 @@ if TYPE_CHECKING:
 
 SCORES = ("length_distortion", "ntk_condition")
 NUM_CLASSES = 1000
-DEFAULT_MAX_PARAMS_M = 100.0
+"""Of ImageNet, the paper's data: for data without classes."""
+DEFAULT_MAX_PARAMS_M = 30.0
+"""As-ViT-Small, the smallest published network of the family, has 29 M parameters."""
+DEFAULT_ROUNDS = 8
+"""As-ViT-Small is six rounds above its seed."""
+FIRST_MAX_PARAMS_M = 100.0
+"""The default of studies that were created before `FITTED`; they had no limit of rounds."""
 
 
-@study("as_vit")
+@dataclass(frozen=True, kw_only=True)
+class AsVitOptions(Options):
+    """How far growth goes, beside the budget."""
+
+    rounds: int = field(default=0, metadata={"help": f"of growth at most, each one block deeper; 0: {DEFAULT_ROUNDS}", "at_least": 0})
+
+
+@study("as_vit", options=AsVitOptions)
 def as_vit(run: RunSettings) -> Study:
     """Search a seed topology without training, then grow it in width and depth (As-ViT)."""
-    sizes = {"img_size": run.img_size or 224, "proxy_img_size": run.proxy_img_size or run.img_size or 224, "num_classes": NUM_CLASSES}
+    options: AsVitOptions = run.options
+    num_classes = run.num_classes_or(NUM_CLASSES)
+    sizes = {"img_size": run.img_size or 224, "proxy_img_size": run.proxy_img_size or run.img_size or 224, "num_classes": num_classes}
     evaluators = (run.call("as_vit"), run.call("as_vit_closed_form"), run.call("cost"))
-    reported = Budget(at_most={"params_m": _max_params_m(run.budget), **run.budget.at_most}, at_least=run.budget.at_least)
+    is_first = run.defaults < FITTED
+    max_params_m = _max_params_m(run.budget, FIRST_MAX_PARAMS_M if is_first else DEFAULT_MAX_PARAMS_M)
+    max_rounds = options.rounds or (None if is_first else DEFAULT_ROUNDS)
+    reported = Budget(at_most={"params_m": max_params_m, **run.budget.at_most}, at_least=run.budget.at_least)
     topology = Phase(
         name="topology",
         space=topology_space(**sizes),
@@ -63,6 +82,7 @@ def as_vit(run: RunSettings) -> Study:
             max_params=round(reported.at_most["params_m"] * 1e6),
             objectives=growth.goals,
             reported=reported,
+            max_rounds=max_rounds,
         )
 
     growth = Phase(
@@ -72,6 +92,7 @@ def as_vit(run: RunSettings) -> Study:
         objectives=SCORES,
         budget=reported.upper(),
         propose=propose,
+        plan=_growth_plan(run.budget, reported, max_rounds),
     )
     if not reported.at_least:
         return Study(phases=(topology, growth))
@@ -83,14 +104,24 @@ def as_vit(run: RunSettings) -> Study:
     return Study(phases=(topology, growth), notes=(note,))
 
 
-def _max_params_m(budget: Budget) -> float:
+def _growth_plan(given: Budget, reported: Budget, max_rounds: int | None) -> str:
+    from search.strategies.growth import most_trials
+
+    rounds = "as many rounds as"
+    if max_rounds is not None:
+        rounds = f"at most {max_rounds} rounds (--rounds), which is at most {1 + most_trials(max_rounds)} trials with the seed, as long as"
+    default = "" if "params_m" in given.at_most else " (default)"
+    limits = ", ".join(f"{metric} {bound:g}{default if metric == 'params_m' else ''}" for metric, bound in reported.at_most.items())
+    return f"{rounds} a network is within {limits} (--max)"
+
+
+def _max_params_m(budget: Budget, default: float) -> float:
     """Where growth ends, in millions of parameters; raises SettingsError if that is below the least that is asked for."""
-    if "params_m" not in budget.at_most and budget.at_least.get("params_m", 0) > DEFAULT_MAX_PARAMS_M:
+    if "params_m" not in budget.at_most and budget.at_least.get("params_m", 0) > default:
         raise SettingsError(
-            f"--min params_m={budget.at_least['params_m']:g}: growth ends at {DEFAULT_MAX_PARAMS_M:g} unless told otherwise; "
-            "give --max params_m=M too"
+            f"--min params_m={budget.at_least['params_m']:g}: growth ends at {default:g} unless told otherwise; give --max params_m=M too"
         )
-    return budget.at_most.get("params_m", DEFAULT_MAX_PARAMS_M)
+    return budget.at_most.get("params_m", default)
 
 
 def best_topology(studied: optuna.Study, goals: tuple[Metric, ...]) -> optuna.trial.FrozenTrial:

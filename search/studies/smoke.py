@@ -18,7 +18,7 @@ def smoke(run: RunSettings) -> Study:
     """Score a dozen tiny plain Vision Transformers without training, to try an installation."""
     phase = Phase(
         name="search",
-        space=tiny_vit_space(img_size=run.proxy_img_size or run.img_size or 32),
+        space=tiny_vit_space(img_size=run.proxy_img_size or run.img_size or 32, num_classes=run.num_classes_or(10)),
         evaluators=(run.call("as_vit"), run.call("cost")),
         objectives=("length_distortion", "gmacs"),
         budget=run.budget,
@@ -28,7 +28,7 @@ def smoke(run: RunSettings) -> Study:
     return Study(phases=(phase,))
 
 
-def tiny_vit_space(*, img_size: int) -> SearchSpace:
+def tiny_vit_space(*, img_size: int, num_classes: int = 10) -> SearchSpace:
     """Plain ViTs of one stage; the pooling decides which further axes there are."""
 
     def decode(params: Mapping[str, Any]) -> Candidate:
@@ -41,7 +41,7 @@ def tiny_vit_space(*, img_size: int) -> SearchSpace:
         model = ArchSpec(
             stages=(StageSpec(embed_dim=params["embed_dim"], blocks=(block,) * params["depth"]),),
             img_size=img_size,
-            num_classes=10,
+            num_classes=num_classes,
             patch_embed=Component("conv", kernel=params["patch_size"], stride=params["patch_size"]),
             prefix=Component("class_token") if pooling == "class_token" else None,
             position=Component(params["position"]),

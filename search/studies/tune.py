@@ -17,6 +17,7 @@ import numpy as np
 
 from search.study import Options, Phase, RunSettings, SettingsError, Study, study
 from space import catalog
+from space.model import resized
 from space.randomness import stream
 from space.recipe import Recipe
 from space.search_space import Axis, Candidate, SearchSpace
@@ -77,18 +78,19 @@ def tune(run: RunSettings) -> Study:
 
     phase = Phase(
         name="recipes",
-        space=recipe_space(options, run.seed),
+        space=recipe_space(options, run),
         evaluators=(run.call("train"),),
         objectives=("val_top1_pct",),
         propose=propose,
+        plan=_plan(options),
     )
-    return Study(phases=(phase,), notes=(_plan(options),))
+    return Study(phases=(phase,))
 
 
-def recipe_space(options: TuneOptions, seed: int) -> SearchSpace:
+def recipe_space(options: TuneOptions, run: RunSettings) -> SearchSpace:
     """Recipes, and after how many epochs their training is looked at."""
-    model = catalog.resolve(options.model)
-    base = Recipe(epochs=options.epochs, seed=seed, batch_size=options.batch_size, lr=options.lr)
+    model = resized(catalog.resolve(options.model), img_size=run.img_size, num_classes=run.num_classes)
+    base = Recipe(epochs=options.epochs, seed=run.seed, batch_size=options.batch_size, lr=options.lr)
 
     def decode(params: Mapping[str, Any]) -> Candidate:
         changes = {name: params[name] for name in AXES if name != "lr_factor"}
