@@ -91,7 +91,7 @@ def run_study(
 
 def _shown_settings(settings: RunSettings) -> dict[str, str]:
     """The settings of a run as the parameters of its parent run in MLflow, without those that say where things are stored."""
-    plain = "study seed data num_trials num_classes img_size proxy_img_size strategy gpus processes time_limit_s".split()
+    plain = ["study", "seed", "data", "num_trials", "num_classes", "img_size", "proxy_img_size", "strategy", "gpus", "processes", "time_limit_s"]
     own = {} if settings.options is None else {field.name: getattr(settings.options, field.name) for field in fields(settings.options)}
     chosen = {f"{name}.{key}": text for name, texts in settings.evaluator_settings.items() for key, text in texts.items()}
     shown = {**{name: getattr(settings, name) for name in plain}, "budget": str(settings.budget) or None, **own, **chosen}
