@@ -91,10 +91,11 @@ def run_study(
 
 def _shown_settings(settings: RunSettings) -> dict[str, str]:
     """The settings of a run as the parameters of its parent run in MLflow, without those that say where things are stored."""
-    plain = ["study", "seed", "data", "num_trials", "num_classes", "img_size", "proxy_img_size", "strategy", "gpus", "processes", "time_limit_s"]
+    elsewhere = {"runs", "name", "storage", "tracking_uri", "defaults", "budget", "options", "evaluator_settings"}
+    plain = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in elsewhere}
     own = {} if settings.options is None else {field.name: getattr(settings.options, field.name) for field in fields(settings.options)}
     chosen = {f"{name}.{key}": text for name, texts in settings.evaluator_settings.items() for key, text in texts.items()}
-    shown = {**{name: getattr(settings, name) for name in plain}, "budget": str(settings.budget) or None, **own, **chosen}
+    shown = {**plain, "budget": str(settings.budget) or None, **own, **chosen}
     return {name: ", ".join(value) if isinstance(value, tuple) else str(value) for name, value in shown.items() if value not in (None, ())}
 
 
