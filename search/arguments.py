@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from results.paths import default_runs
 from search.budget import Budget
-from search.study import RunSettings, studies
+from search.study import DEFAULT_DATA, RunSettings, studies
 from space.recipe import Recipe
 from space.registry import SpecError, unknown_name
 
@@ -171,7 +171,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
 def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=whole_number, default=0, help="of weights, curves, images and strategies")
     sources = "digits, folder:PATH, tar:PATH, parquet:PATH, webdataset:PATH or torchvision:NAME:ROOT"
-    parser.add_argument("--data", default="digits", metavar="SOURCE", help=f"images: {sources}")
+    parser.add_argument("--data", default=DEFAULT_DATA, metavar="SOURCE", help=f"images: {sources}")
     parser.add_argument("--gpus", type=non_negative_float, default=0.0, metavar="N", help="GPUs per trial; above 0 measures on the GPU")
     parser.add_argument(
         "--set", action="append", default=[], metavar="E.FIELD=VALUE", help="a setting of an evaluator, e.g. as_vit.num_repeats=3"

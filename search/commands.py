@@ -145,18 +145,11 @@ def evaluate_model(argv: list[str]) -> int:
 
 
 def _fitted_model(args: argparse.Namespace, calls: tuple[Call, ...]) -> Model:
-    """The model that is named, with the classes of the data if an evaluator reads data; the flags say otherwise."""
-    from search.preparation import check_num_classes
+    """The model that is named, with the classes that `classes_of` decides."""
+    from search.preparation import classes_of
     from space.model import resized
-    from workers.data import check_source, count_classes
 
-    num_classes: int | None = args.num_classes
-    if any(call.evaluator.uses_data for call in calls):
-        in_data = count_classes(check_source(args.data))
-        if num_classes is None:
-            num_classes = in_data if in_data > 1 else None
-        elif any(call.evaluator.needs_dataset for call in calls):
-            check_num_classes(num_classes, args.data, in_data)
+    num_classes = classes_of(calls, args.data, args.num_classes)
     return resized(resolve_model(args.model, args), img_size=args.img_size, num_classes=num_classes)
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from results.paths import RunPaths
-from search.study import FITTED, SETTINGS_ATTRIBUTE, Phase, RunSettings, SettingsError, Study, studies
+from search.study import DEFAULT_DATA, FITTED, SETTINGS_ATTRIBUTE, Phase, RunSettings, SettingsError, Study, studies
 from workers.data import check_source, count_classes, summarize
 from workers.evaluate import subject_of
+from workers.evaluator import Call
 
 
 def fitted(run: RunSettings, *, fresh: bool) -> RunSettings:
-    """`run` with the classes of its data, if it reads data and `num_classes` does not say otherwise.
+    """`run` with the number of classes of its networks, as `classes_of` decides.
 
-    A study that exists keeps the defaults it was created with, unless it is begun anew (`fresh`). Data whose labels name fewer than two
-    classes leave the study its own number. Raises SettingsError for a `num_classes` that such a study or the training cannot have.
+    A study that exists keeps the defaults it was created with, unless it is begun anew (`fresh`). Raises SettingsError for a
+    `num_classes` that such a study or the training cannot have.
     """
     stored = None if fresh else _stored_settings(run)
     if stored is not None:
@@ -26,21 +28,26 @@ def fitted(run: RunSettings, *, fresh: bool) -> RunSettings:
             f"--num-classes {run.num_classes}: study {run.study_name!r} was created before there was this flag and keeps its classes. "
             "Leave it out, use another --name, or begin anew with --fresh (the old study is kept)"
         )
-    study = studies.get(run.study)(run)
-    if not any(call.evaluator.uses_data for call in study.calls):
-        return run
-    num_classes = count_classes(check_source(run.data))
-    if run.num_classes is None:
-        return dataclasses.replace(run, num_classes=num_classes) if num_classes > 1 else run
-    if any(call.evaluator.needs_dataset for call in study.calls):
-        check_num_classes(run.num_classes, run.data, num_classes)
-    return run
+    return dataclasses.replace(run, num_classes=classes_of(studies.get(run.study)(run).calls, run.data, run.num_classes))
 
 
-def check_num_classes(asked: int, data: str, num_classes: int) -> None:
-    """Raise SettingsError if a network with `asked` classes is to be trained on data with another number of them."""
-    if asked != num_classes:
+def classes_of(calls: Sequence[Call], data: str, asked: int | None) -> int | None:
+    """The number of classes of the networks that are measured by `calls`; None leaves them their own.
+
+    It is `asked`, else that of data that the networks are trained on or that the user names: the digits, which stand where no data is
+    named, are then only images to score with. Data whose labels name fewer than two classes decide nothing. Raises SettingsError if a
+    network with `asked` classes is to be trained on data with another number of them.
+    """
+    trains = any(call.evaluator.needs_dataset for call in calls)
+    reads_named_data = data != DEFAULT_DATA and any(call.evaluator.uses_data for call in calls)
+    if not (trains or reads_named_data):
+        return asked
+    num_classes = count_classes(check_source(data))
+    if asked is None:
+        return num_classes if num_classes > 1 else None
+    if trains and asked != num_classes:
         raise SettingsError(f"--num-classes {asked}: data {data!r} has {num_classes} classes, and a network is trained on all of them")
+    return asked
 
 
 def _stored_settings(run: RunSettings) -> dict[str, Any] | None:

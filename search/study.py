@@ -20,7 +20,6 @@ from search.strategy import Problem, Proposer, strategies
 from space.recipe import Recipe
 from space.registry import Registry, SpecError
 from space.search_space import Candidate, SearchSpace
-from workers.data import BY_CONTENT
 from workers.evaluator import Call, by_todays_names, evaluators
 from workers.resources import Resources, resources_of
 
@@ -34,6 +33,7 @@ FITTED = 2
 
 SETTINGS_ATTRIBUTE = "settings"
 IDENTITY_ATTRIBUTE = "study_id"
+DEFAULT_DATA = "digits"
 RESULT_ATTRIBUTE = "result"
 DESIGNS_ATTRIBUTE = "designs"
 
@@ -53,9 +53,8 @@ class RunSettings:
     `img_size` is that of the reported networks and `proxy_img_size` that at which they are scored, both in pixels.
     `evaluator_settings` holds `--set evaluator.field=text` as `{evaluator: {field: text}}`.
     `num_classes` is that of the networks; `search.preparation` takes it from the data where nobody says it. `defaults` numbers the
-    defaults of the time when the study was created, which it keeps.
-    `budget` is what the reported networks may cost. `gpus` are those of each of a trial's
-    `processes`. `options` are the study's own flags, an instance of its class of them.
+    defaults of the time when the study was created, which it keeps. `budget` is what the reported networks may cost. `gpus` are those
+    of each of a trial's `processes`. `options` are the study's own flags, an instance of its class of them.
     """
 
     study: str
@@ -67,7 +66,7 @@ class RunSettings:
     proxy_img_size: int | None = None
     num_classes: int | None = None
     defaults: int = FITTED
-    data: str = "digits"
+    data: str = DEFAULT_DATA
     budget: Budget = UNLIMITED
     strategy: str | None = None
     evaluator_settings: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
@@ -350,6 +349,8 @@ def _differences(stored: Any, wanted: Any, where: str = ""):
 
 
 def _explained(where: str, stored: Any, wanted: Any) -> str:
+    from workers.data import BY_CONTENT  # imports NumPy, which listing studies should not
+
     is_older = where == "data" and BY_CONTENT in str(wanted) and BY_CONTENT not in str(stored)
     return " (data is known by the bytes of its files since November 2026, before by their names and sizes)" if is_older else ""
 

@@ -69,8 +69,8 @@ def test_every_study_takes_the_classes_of_its_networks_from_the_data(study: str,
     assert {network.num_classes for example in examples for network in (example.model, example.scored)} == {3}
 
 
-def test_a_head_that_nobody_needs_counts_against_no_budget(tmp_path: Path):
-    example = studies.get("as_vit")(settings("as_vit", tmp_path)).phase("topology").example
+def test_a_head_that_nobody_needs_counts_against_no_budget(shapes: Path, tmp_path: Path):
+    example = studies.get("as_vit")(settings("as_vit", tmp_path, data=f"folder:{shapes}")).phase("topology").example
     with_thousand = replace(example, model=resized(example.model, num_classes=1000))
     between = Budget(at_most={"params_m": (cost(example.model).params + 1) / 1e6})
     assert between.holds(example)
@@ -200,13 +200,20 @@ def test_evaluate_warns_of_a_warm_up_before_it_reads_the_images(tmp_path: Path):
     assert "warning: recipe: 2 of 2 epochs are warm-up" in done.stderr
 
 
-def test_what_a_study_will_do_is_said_with_its_limits_and_where_they_come_from(tmp_path: Path):
-    given = RunSettings(study="as_vit", runs=tmp_path, img_size=64, options=studies.get("as_vit").options(rounds=3))
+def test_scores_on_the_digits_that_stand_where_no_data_is_named_leave_a_network_its_classes(tmp_path: Path):
+    assert studies.get("as_vit")(settings("as_vit", tmp_path)).phase("topology").example.model.num_classes == 1000
+    assert studies.get("tune")(settings("tune", tmp_path)).phase("recipes").example.model.num_classes == 10
+
+
+def test_what_a_study_will_do_is_said_with_its_limits_and_where_they_come_from(shapes: Path, tmp_path: Path):
+    given = RunSettings(
+        study="as_vit", runs=tmp_path, data=f"folder:{shapes}", img_size=64, options=studies.get("as_vit").options(rounds=3)
+    )
     run = fitted(given, fresh=False)
     topology, growth = announcements(studies.get("as_vit")(run), run, given)
     assert topology == (
         "as_vit/topology: 200 trials (default, --trials) proposed by policy_gradient; "
-        "networks for 64 px (--img-size) and 10 classes (of the data)"
+        "networks for 64 px (--img-size) and 3 classes (of the data)"
     )
     assert growth.startswith(
         "as_vit/growth: at most 3 rounds (--rounds), which is at most 37 trials with the seed, as long as a network is"
