@@ -191,3 +191,11 @@ def test_a_tuning_by_command_shows_whole_trainings_first_and_the_default_recipe(
     assert len(table) == 7
     assert table.sort_values("rank").iloc[0]["label"].startswith("9/9 epochs")
     assert "1/9 epochs default recipe" in set(table["label"])
+
+
+def test_the_total_counts_what_a_start_with_fewer_points_has_trained():
+    study, score = new_study(), lambda point, epochs: float(point)
+    run(halving(9), study, score)
+    total = halving(18).num_total(study)
+    run(halving(18), study, score)
+    assert len(study.get_trials(states=(TrialState.COMPLETE,))) == total

@@ -13,19 +13,19 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from results.records import Failure, Outcome
+from results.records import Failure, Measurement, Outcome
 from results.tracking import NullTracker, TrialRecord
 from search.budget import Budget
 from search.loop import MAX_FAILURES_IN_A_ROW, PhaseLoop
 from search.measuring import Measuring, needed_trials
 from search.progress import Progress, Status
 from search.strategies.grid import Grid
-from search.study import Phase, PhaseStopped, RunSettings
+from search.study import Phase, PhaseStopped, RunSettings, phase_settings
 from space.recipe import Recipe
 from space.registry import SpecError
 from space.search_space import Axis, Candidate, SearchSpace
 from workers.evaluate import Job
-from workers.evaluator import Call, EarlierTrial, evaluators
+from workers.evaluator import Call, EarlierTrial, by_todays_names, evaluators
 from workers.evaluators.profile import ProfileSettings
 from workers.evaluators.train import TrainSettings
 from workers.pool import Event, Finished, SerialPool
@@ -539,3 +539,60 @@ def test_a_renamed_evaluator_is_known_by_its_old_name_and_stored_under_it(tmp_pa
         keys.add(job.key)
     assert len(keys) == 1
     assert "short_train" not in evaluators.names()
+
+
+def test_an_outcome_of_an_older_key_is_measured_anew_and_never_taken_from_mlflow(tmp_path: Path):
+    class Remembering(ListTracker):
+        """MLflow holds a finished run of the lost driver's trial."""
+
+        def finished_outcome(self, phase: str, number: int) -> Outcome | None:
+            return Measurement(values={"score": 123.0}, elapsed_s=0.0, device="cpu", versions={}, seed=0)
+
+    def adopt(folder: Path) -> float:
+        study, tracker = new_study(), Remembering()
+        study.ask().suggest_int("num_classes", 1, 3)
+        make_loop(make_phase(space=small_space(3), num_trials=1), folder, study, tracker).run()
+        return study.trials[0].value
+
+    assert adopt(tmp_path / "without an outcome file") == 123.0
+    older = tmp_path / "older" / "0" / "outcome.json"
+    older.parent.mkdir(parents=True)
+    older.write_text(
+        json.dumps({"key": "older", "reused_from": None, "candidate": {}, "outcome": "Failure", "kind": "lost", "message": ""})
+    )
+    assert adopt(tmp_path / "older") in (1.0, 2.0, 3.0)
+
+
+def test_a_stop_at_the_last_epoch_is_the_whole_training(tmp_path: Path):
+    measuring = Measuring(seed=0, data="digits", data_fingerprint="digits", workdir=lambda number: tmp_path)
+
+    def job(**settings: Any) -> Job:
+        candidate = Candidate(model=faulty.classifier(3), recipe=Recipe(epochs=9), settings={"train": settings} if settings else {})
+        return measuring.job(0, candidate, (Call("train", TrainSettings()),))
+
+    assert job(stop_after=9).key == job().key
+    assert job(stop_after=3).key != job().key
+    assert job(stop_after=9).stop == job().stop
+
+
+def test_one_number_written_in_two_ways_is_one_key_and_a_setting_given_under_two_names_is_refused():
+    call = Call("faulty", faulty.FaultySettings())
+    assert call.changed({"work_s": 2}).digest == call.changed({"work_s": 2.0}).digest
+    with pytest.raises(SpecError, match=r"train.stop_after is given twice"):
+        by_todays_names({"short_train": {"stop_after": 1}, "train": {"stop_after": 2}}, "--set")
+    merged = by_todays_names({"short_train": {"stop_after": 1}, "train": {"temperature": 2}}, "--set")
+    assert merged == {"train": {"stop_after": 1, "temperature": 2}}
+
+
+def test_the_device_of_a_phase_is_among_its_settings(tmp_path: Path):
+    run_settings = RunSettings(study="s", runs=tmp_path)
+    on_gpu = make_phase(resources=Resources(gpus=1, accelerator_type="H100"))
+    stored = phase_settings(on_gpu, run_settings, "digits")
+    assert (stored["device"], stored["accelerator_type"]) == ("cuda", "H100")
+    assert phase_settings(make_phase(), run_settings, "digits")["device"] == "cpu"
+
+
+@pytest.mark.parametrize("wrong", [{"processes": 1.5}, {"memory_mb": 0.5}, {"processes": 2, "gpus": 0.5}, {"cpus": -1}])
+def test_resources_that_cannot_be_are_refused(wrong: dict[str, Any]):
+    with pytest.raises(SpecError, match="resources: "):
+        Resources(**wrong)
