@@ -16,7 +16,7 @@ from pathlib import Path
 from results import page
 from results.figures import leaderboard
 from results.mlflow_store import UnreadableStudy
-from results.paths import RunPaths, default_runs
+from results.paths import RunPaths, default_runs, place_flags
 from results.report import StudyReport, load_report
 from results.text import print_results
 
@@ -34,12 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.top < 1:
         parser.error(f"--top is {options.top}; at least 1 is expected")
-    uri = options.tracking_uri or RunPaths(options.runs or default_runs(os.environ)).mlflow_uri
+    paths = RunPaths(options.runs or default_runs(os.environ))
+    uri = options.tracking_uri or paths.mlflow_uri
     try:
         report = load_report(uri, options.study)
         if options.phase is not None:
             report = report.only(options.phase)
-        print_results(report, options.top)
+        print_results(report, options.top, place_flags(paths.root, options.tracking_uri, os.environ))
         for path, write in ((options.csv, _write_csv), (options.html, page.write_html), (options.png, _write_png)):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,13 @@ SQLITE = "sqlite:///"
 def default_runs(environment: Mapping[str, str]) -> Path:
     """`$VITSCALE_RUNS`, else `runs` of the current directory; absolute."""
     return Path(environment.get("VITSCALE_RUNS") or "runs").expanduser().absolute()
+
+
+def place_flags(runs: Path, tracking_uri: str | None, environment: Mapping[str, str]) -> str:
+    """The flags, after a space, by which another command finds what is stored there; empty if it finds it without."""
+    flags = [] if runs == default_runs(environment) else ["--runs", str(runs)]
+    flags += ["--tracking-uri", tracking_uri] if tracking_uri else []
+    return "".join(f" {shlex.quote(flag)}" for flag in flags)
 
 
 @dataclass(frozen=True)

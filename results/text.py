@@ -19,15 +19,18 @@ if TYPE_CHECKING:
 SHORT_DIGEST = 8
 
 
-def print_results(report: StudyReport, top: int) -> None:
-    """Print the head of every phase's table, the family it grew, what the expensive scores add, and the effects of its design."""
+def print_results(report: StudyReport, top: int, place: str = "") -> None:
+    """Print the head of every phase's table, the family it grew, what the expensive scores add, and the effects of its design.
+
+    `place` are the flags that the commands which are named need to find the study (`results.paths.place_flags`).
+    """
     results = report.results
     if not results.phases:
         num_failed = sum(sum(kinds.values()) for kinds in results.num_failed.values())
         print(f"study {results.provenance.study_name!r} has no finished trial yet ({num_failed} failed)")
     for phase in results.phases:
         print(textwrap.fill(f"{results.provenance.study_name}/{phase}: {results.summary(phase)}", TEXT_WIDTH) + "\n")
-        print(text_table(results, phase, top) + "\n")
+        print(text_table(results, phase, top, place) + "\n")
         if text := family_text(results, phase):
             print(f"the family, in the order it grew:\n{text}\n")
         if text := agreement_text(agreement(results, phase)):
@@ -38,7 +41,7 @@ def print_results(report: StudyReport, top: int) -> None:
         print(report.effects_failure)
 
 
-def text_table(results: StudyResults, phase: str, top: int) -> str:
+def text_table(results: StudyResults, phase: str, top: int, place: str = "") -> str:
     """The best of a phase for a terminal of 120 columns."""
     rows = results.phase(phase)
     names = results.metric_names(phase)
@@ -72,7 +75,7 @@ def text_table(results: StudyResults, phase: str, top: int) -> str:
             for cell, width, (title, _) in zip(cells, widths, columns, strict=True)
         ]
         lines.append("  ".join(aligned).rstrip())
-    notes, command = ["* on the Pareto front"], f"python -m results.leaderboard {results.provenance.study_name}"
+    notes, command = ["* on the Pareto front"], f"python -m results.leaderboard {results.provenance.study_name}{place}"
     if len(rows) > top:
         notes.append(f"{count(len(rows) - top, 'more row')}: {command} --top {len(rows)}")
     if num_hidden:

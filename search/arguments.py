@@ -41,12 +41,20 @@ positive_float = number(float, lambda value: 0 < value < float("inf"), "a number
 non_negative_float = number(float, lambda value: 0 <= value < float("inf"), "a number from 0")
 
 
+class _DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of a flag that has one to say."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False or action.default == []
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
 def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Namespace]:
     """The run-level settings in the flags of `search/run.py STUDY`, and the flags themselves."""
     parser = argparse.ArgumentParser(
         prog=f"search/run.py {study}",
         description=f"{studies.summary(study)} Running the same command again resumes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_DefaultsHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--name", metavar="NAME", help="name of the study in Optuna and MLflow, if not that of the method")

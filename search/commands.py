@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
@@ -11,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from results.paths import RunPaths, without_password
+from results.paths import RunPaths, place_flags, without_password
 from search.arguments import (
     add_measuring_flags,
     add_model,
@@ -98,6 +99,11 @@ def evaluate_model(argv: list[str]) -> int:
     settings = run_settings("evaluate", args)
     calls = tuple(settings.call(name.strip()) for name in args.evaluators.split(","))
     _refuse_settings_of_others(settings, [call.name for call in calls])
+    if args.gpus > 0:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SpecError(f"--gpus {args.gpus:g}: there is no CUDA device on this machine; leave --gpus out to measure on the CPU")
     spec = _fitted_model(args, calls)
     recipe = parse_recipe(args.recipe, args.seed)
     for call in calls:
@@ -180,6 +186,7 @@ def run_a_study(study: str, argv: list[str]) -> int:
             ray_address=ray_address(args.ray_address),
             command=_command(),
             interruption=interruption,
+            place=place_flags(settings.runs, settings.tracking_uri and without_password(settings.tracking_uri), os.environ),
         )
     except PhaseStopped as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections import Counter
@@ -88,9 +89,15 @@ class Tally:
 class Progress:
     """Shows a `Status` that changes; rate and ETA come from the trials, whole and begun, done since this process began the phase."""
 
-    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        width: Callable[[], int] = lambda: shutil.get_terminal_size().columns,
+    ):
         self._stream = stream or sys.stdout
         self._clock = clock
+        self._width = width
         self._is_terminal = self._stream.isatty()
         self._reader_has_gone = False
         self._title: str | None = None
@@ -115,7 +122,8 @@ class Progress:
 
     def _write(self, line: str, final: bool) -> None:
         if self._is_terminal:
-            self._put(f"\r\x1b[K{line}" + ("\n" if final else ""))
+            # A line that wraps could not be rewritten: clearing reaches its last row alone.
+            self._put(f"\r\x1b[K{cut(line, self._width() - 1)}" + ("\n" if final else ""))
         else:
             self._put(line + "\n")
 
@@ -143,8 +151,14 @@ class Progress:
             pace.append(_rate(rate))
             if status.total is not None and status.complete < status.total:
                 pace.append(f"ETA {_duration((status.total - status.complete - begun) / rate)}")
-        fields = [", ".join(counts), f"best {status.best}" if status.best else "", *pace, f"{_duration(elapsed)} elapsed"]
+        # The best values last: they are the longest, and a narrow terminal cuts them.
+        fields = [", ".join(counts), *pace, f"{_duration(elapsed)} elapsed", f"best {status.best}" if status.best else ""]
         return f"{status.title}  " + " | ".join(field for field in fields if field)
+
+
+def cut(line: str, width: int) -> str:
+    """The line, shortened to so many characters where it is longer."""
+    return line if len(line) <= width else f"{line[: width - 1]}…"
 
 
 def _rate(per_s: float) -> str:

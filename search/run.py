@@ -17,8 +17,9 @@ usage: search/run.py STUDY [flags]                        run or resume a study 
        search/run.py describe MODEL [--json]              digest, parameters and MACs, total and per part
        search/run.py evaluate MODEL --evaluators A,B ...  measure one model now, without a study
 
-MODEL is a catalogue name (deit_small), a method's string (as_vit:8,2,3|4,1,2|4,1,4|4,1,6|32), the path of a spec's
-JSON, or the digest of a leaderboard entry.
+MODEL is a catalogue name (deit_small), a method's string (as_vit:8,2,3|4,1,2|4,1,4|4,1,6|32), a model of timm
+(timm:vit_tiny_patch16_224), the path of a spec's JSON, or the digest of a leaderboard entry, of which the first four
+digits are enough.
 """
 
 

@@ -44,9 +44,16 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def run_study(
-    settings: RunSettings, *, fresh: bool, max_workers: int | None, ray_address: str, command: str, interruption: Interruption
+    settings: RunSettings,
+    *,
+    fresh: bool,
+    max_workers: int | None,
+    ray_address: str,
+    command: str,
+    interruption: Interruption,
+    place: str = "",
 ) -> None:
-    """Run or resume the study to its end and print its leaderboard.
+    """Run or resume the study to its end and print its leaderboard; `place` are the flags by which other commands find it.
 
     Raises ValueError, before any work, for whatever a user can have got wrong; PhaseStopped when the work itself cannot
     go on. However it ends, what was measured is kept.
@@ -83,8 +90,8 @@ def run_study(
             raise
         tracker.close("FINISHED")
         results = attach_leaderboard(tracker)
-    print_results(results, LEADERBOARD_ROWS)
-    print(f"all of it: python -m results.leaderboard {settings.study_name}")
+    print_results(results, LEADERBOARD_ROWS, place)
+    print(f"all of it: python -m results.leaderboard {settings.study_name}{place}")
     for line in how_to_browse(plan.tracking_uri, tracker.view_addresses):
         print(line)
 

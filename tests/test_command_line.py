@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, run_command, run_here
 
+from results.paths import place_flags
 from search.arguments import parse_recipe, parse_study
 from search.run import main
 from search.studies.ablations import AblationOptions
@@ -191,3 +192,26 @@ def test_a_tracking_server_that_does_not_answer_is_named(tmp_path: Path):
 def test_the_script_is_executable_as_it_stands():
     assert os.access(REPOSITORY / "search" / "run.py", os.X_OK)
     assert (REPOSITORY / "search" / "run.py").read_text().startswith("#!")
+
+
+def test_a_gpu_that_is_not_there_is_one_line_and_status_2(tmp_path: Path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    done = run_here(main, "evaluate", "deit_tiny", "--evaluators", "profile", "--gpus", "1", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--gpus 1: there is no CUDA device on this machine" in done.stderr
+
+
+def test_help_says_defaults_that_exist_and_no_others(tmp_path: Path):
+    shown = run_here(main, "as_vit", "--help", cwd=tmp_path).stdout
+    assert "(default: None)" not in shown
+    assert "(default: digits)" in " ".join(shown.split())
+
+
+def test_hints_name_the_place_that_is_not_found_without(tmp_path: Path):
+    there = tmp_path / "my runs"
+    assert place_flags(there, None, {}) == f" --runs '{there}'"
+    assert place_flags(there, None, {"VITSCALE_RUNS": str(there)}) == ""
+    assert place_flags(there, "http://h:5000", {"VITSCALE_RUNS": str(there)}) == " --tracking-uri http://h:5000"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 
+import pytest
+
 from search.progress import Progress, Status
 
 
@@ -25,9 +27,9 @@ def test_a_log_gets_a_line_now_and_then_with_rate_and_eta():
         progress.show(status(second // 5, best="length_distortion 0.5"))
     lines = stream.getvalue().splitlines()
     assert lines == [
-        "as_vit/topology  0/10 done, 2 running | best length_distortion 0.5 | 0:00 elapsed",
-        "as_vit/topology  2/10 done, 2 running | best length_distortion 0.5 | 12.0/min | ETA 0:40 | 0:10 elapsed",
-        "as_vit/topology  4/10 done, 2 running | best length_distortion 0.5 | 12.0/min | ETA 0:30 | 0:20 elapsed",
+        "as_vit/topology  0/10 done, 2 running | 0:00 elapsed | best length_distortion 0.5",
+        "as_vit/topology  2/10 done, 2 running | 12.0/min | ETA 0:40 | 0:10 elapsed | best length_distortion 0.5",
+        "as_vit/topology  4/10 done, 2 running | 12.0/min | ETA 0:30 | 0:20 elapsed | best length_distortion 0.5",
     ]
 
 
@@ -80,3 +82,14 @@ def test_what_a_resumed_trial_had_done_before_does_not_count_into_the_rate():
     progress.show(status(0))
     now[0] = 60.0
     assert "ETA 18:00" in line(progress, stream, status(0, running_share=1.0, head_start=0.5))
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_line_never_wraps_on_a_terminal_and_says_what_counts_first(columns: int):
+    stream = Terminal()
+    progress = Progress(stream, lambda: 0.0, lambda: columns)
+    progress.show(status(1, best="length_distortion 0.004512, ntk_condition 121.4, params_m 11.42, gmacs 1.7"), final=True)
+    line = stream.getvalue().removeprefix("\r\x1b[K").rstrip("\n")
+    assert len(line) == columns - 1
+    assert line.startswith("as_vit/topology  1/10 done, 2 running")
+    assert line.endswith("…")
