@@ -22,7 +22,7 @@ from results.tracking import Tracker, TrialRecord
 from search.interruption import Interruption
 from search.lock import Hold
 from search.measuring import Measured, Measuring, Memory, result_of
-from search.objective import set_constraints
+from search.phase_objective import set_constraints
 from search.progress import Progress, Tally
 from search.storage import trial_id_of
 from search.strategy import Proposer, enqueue

@@ -22,7 +22,7 @@ from search.interruption import Interruption
 from search.lock import Hold, Lease, LockFile, StudyIsDriven
 from search.loop import PhaseLoop
 from search.measuring import Measuring, needed_trials
-from search.objective import make_objective
+from search.phase_objective import make_objective
 from search.preparation import announcements, data_summary, fitted
 from search.progress import Progress
 from search.registration import register
