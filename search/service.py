@@ -80,7 +80,7 @@ def run_study(
             designs=plan.designs(),
         )
         try:
-            with closing(_make_pool(plan, max_workers, ray_address)) as pool:
+            with closing(make_pool(plan, max_workers, ray_address)) as pool:
                 for phase in plan.study.phases:
                     pool.check(phase.trial_resources(plan.settings))
                 for phase in plan.study.phases:
@@ -293,7 +293,8 @@ def driving(plan: Plan, fresh: bool) -> Iterator[tuple[Hold, BaseStorage, dict[s
         yield hold, storage, phases
 
 
-def _make_pool(plan: Plan, max_workers: int | None, ray_address: str) -> Pool:
+def make_pool(plan: Plan, max_workers: int | None, ray_address: str) -> Pool:
+    """Where the study runs: in this process if all it measures is free, else on a cluster."""
     if all(call.evaluator.is_free for phase in plan.study.phases for call in phase.evaluators):
         return SerialPool()
     return RayPool(address=ray_address, max_workers=max_workers)

@@ -55,7 +55,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def serial_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials run in this process, where a cluster adds nothing to the fact under test."""
-    monkeypatch.setattr("search.service._make_pool", lambda *arguments: SerialPool())
+    monkeypatch.setattr("search.service.make_pool", lambda *arguments: SerialPool())
 
 
 def settings(study: str, runs: Path, **changes: Any) -> RunSettings:

@@ -37,7 +37,7 @@ def run_study(folder: Path, *arguments: str):
 @pytest.fixture
 def serial_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials run in this process, where a cluster adds nothing to the fact under test."""
-    monkeypatch.setattr("search.service._make_pool", lambda *arguments: SerialPool())
+    monkeypatch.setattr("search.service.make_pool", lambda *arguments: SerialPool())
 
 
 def optuna_study(folder: Path, name: str) -> optuna.Study:
@@ -173,7 +173,7 @@ def test_a_leaderboard_that_cannot_be_made_hides_no_interruption_and_comes_after
             raise KeyboardInterrupt
 
     monkeypatch.setattr("search.service.attach_leaderboard", attach)
-    monkeypatch.setattr("search.service._make_pool", lambda *arguments: InterruptedPool())
+    monkeypatch.setattr("search.service.make_pool", lambda *arguments: InterruptedPool())
     settings = RunSettings(study="smoke", runs=tmp_path, num_trials=2)
     with pytest.raises(KeyboardInterrupt):
         search.service.run_study(settings, fresh=False, max_workers=None, ray_address="", command="", interruption=Interruption())
