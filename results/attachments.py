@@ -35,14 +35,13 @@ def attach_leaderboard(tracker: MlflowTracker) -> StudyReport:
 def _summarize(report: StudyReport, tracker: MlflowTracker) -> None:
     """Of each phase: how many networks were measured, and the one that ranks first.
 
-    A phase with a design compares levels over seeds, so its first row, a single seed, is not summarized.
+    A phase with a design compares levels over seeds, so none of its trials, single seeds, is summarized.
     """
-    designed = {one.phase for one in report.effects}
     metrics: dict[str, float] = {}
     params: dict[str, str] = {}
     for phase in report.results.phases:
         metrics[f"num_measured/{phase}"] = len(report.results.phase(phase))
-        first = {} if phase in designed else report.results.first(phase)
+        first = {} if phase in report.results.designed else report.results.first(phase)
         for name, value in first.items():
             (params if isinstance(value, str) else metrics)[f"best/{phase}/{name}"] = value
     tracker.summarize(metrics=metrics, params=params)

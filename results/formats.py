@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+MIN_NETWORKS = 10
+"""For an agreement of ranks with an interval: the bootstrap of fewer has too few distinct samples to cover what it promises."""
+
 
 def count(number: int, noun: str) -> str:
     """`1 seed`, `2 seeds`."""
@@ -47,10 +50,20 @@ def _decimals(unit: str) -> int:
 
 
 def format_tau(row: Mapping[Any, Any]) -> str:
-    """tau with its interval; tau of a constant is undefined."""
+    """tau with its interval; tau of a constant is undefined, and tau of few networks says nothing."""
+    if row["n"] < MIN_NETWORKS:
+        return f"too few networks ({row['n']} of {MIN_NETWORKS})"
     return f"{row['tau']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" if row["tau"] == row["tau"] else "constant"
 
 
 def shortened(text: str, width: int) -> str:
     """The text, or as much of it as fits with an ellipsis at its end."""
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def shortened_in_the_middle(text: str, width: int) -> str:
+    """The text, or as much of its beginning and its end as fits around an ellipsis: what tells two networks apart stands at the end."""
+    if len(text) <= width:
+        return text
+    end = (width - 1) // 2
+    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"

@@ -1,6 +1,8 @@
 """The leaderboard of a study: every finished trial with its rank, as a table, CSV, one HTML page and a figure.
 
-    python -m results.leaderboard STUDY [--top N] [--phase P] [--csv FILE] [--html FILE] [--png FILE] [--runs DIR] [--tracking-uri URI]
+    python -m results.leaderboard STUDY [--top N] [--phase P] [--wide] [--csv FILE] [--html FILE] [--png FILE] ...
+
+A table leaves out the columns that do not fit the terminal and says so; `--wide` prints them all.
 
 `results/study_results.py` says how trials are ranked.
 """
@@ -14,11 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from results import page
+from results.columns import terminal_width
 from results.figures import leaderboard
 from results.mlflow_store import UnreadableStudy
-from results.paths import RunPaths, default_runs, place_flags
+from results.paths import RunPaths, default_runs, place_flags, without_password
 from results.report import StudyReport, load_report
 from results.text import print_results
+from results.waiting import AT_ONCE_S, waiting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("study", metavar="STUDY", help="the study's name, as given to search/run.py")
     parser.add_argument("--top", type=int, default=20, metavar="N", help="rows to print per phase (default: 20)")
     parser.add_argument("--phase", metavar="P", help="only this phase")
+    parser.add_argument("--wide", action="store_true", help="print all columns, however wide the terminal is")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all rows and columns as CSV")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page: figures, sortable table, provenance")
     parser.add_argument("--png", type=Path, metavar="FILE", help="write the figure of scores and MACs")
@@ -37,14 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = RunPaths(options.runs or default_runs(os.environ))
     uri = options.tracking_uri or paths.mlflow_uri
     try:
-        report = load_report(uri, options.study)
+        with waiting(f"reading study {options.study!r} from {without_password(uri)}", first_s=AT_ONCE_S):
+            report = load_report(uri, options.study)
         if options.phase is not None:
             report = report.only(options.phase)
-        print_results(report, options.top, place_flags(paths.root, options.tracking_uri, os.environ))
+        place = place_flags(paths.root, options.tracking_uri, os.environ)
+        print_results(report, options.top, place, width=terminal_width(), wide=options.wide)
         for path, write in ((options.csv, _write_csv), (options.html, page.write_html), (options.png, _write_png)):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write(report, path)
+                with waiting(f"writing {path}"):
+                    write(report, path)
                 print(f"written: {path}")
     except (UnreadableStudy, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -57,10 +57,20 @@ def _general_front(costs: np.ndarray) -> np.ndarray:
 def mean_ranks(costs: np.ndarray) -> np.ndarray:
     """The mean over objectives of each row's rank (1 is best, ties share their mean rank): (n,).
 
-    If one row dominates another its mean rank is smaller, so the best row is always on the Pareto front. A row with a
-    missing value comes last in every objective.
+    If one row dominates another its mean rank is smaller. A row with a missing value comes last in every objective.
     """
     from scipy.stats import rankdata
 
     is_missing = np.isnan(costs).any(axis=1, keepdims=True)
     return rankdata(np.where(is_missing, np.inf, costs), axis=0).mean(axis=1)
+
+
+def front_first_ranks(costs: np.ndarray) -> np.ndarray:
+    """Ranks from 1 on: the Pareto front first, then the other rows, each part by `mean_ranks`; equals share the best of theirs: (n,) int.
+
+    A row that dominates another ranks above it.
+    """
+    from scipy.stats import rankdata
+
+    score = mean_ranks(costs) + len(costs) * ~pareto_front(costs)
+    return rankdata(score, method="min").astype(int)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from results.formats import MIN_NETWORKS
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -24,7 +26,10 @@ MAX_BOOTSTRAP_POINTS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class RankAgreement:
-    """tau-b of `num_points` pairs of values with the ends of its bootstrap interval; nan where tau is undefined."""
+    """tau-b of `num_points` pairs of values with the ends of its bootstrap interval.
+
+    All are nan where tau is undefined, the ends also for fewer than `MIN_NETWORKS` points.
+    """
 
     tau: float
     low: float
@@ -87,7 +92,7 @@ def _with_interval(
     arrays = [np.asarray(column, dtype=float) for column in columns]
     tau = statistic(*arrays)
     num_points = len(arrays[0])
-    if math.isnan(tau):
+    if math.isnan(tau) or num_points < MIN_NETWORKS:
         return RankAgreement(tau=tau, low=math.nan, high=math.nan, num_points=num_points)
     generator = np.random.default_rng(seed)
     shrink = 1.0

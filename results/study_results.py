@@ -1,22 +1,23 @@
 """One table of a study: every finished trial with its measurement, its rank and whether it is on the Pareto front.
 
-Ranks are within a phase. A network's rank follows from the mean, over the phase's objectives, of its rank in each (ties
-share); so the first is always on the Pareto front, and a network that dominates another stands above it. One measurement
-counts once: trials that were given the measurement of an earlier one are left out.
+Ranks are within a phase. The networks on the Pareto front of its objectives come first, then the others; in each part the mean,
+over the objectives, of a network's rank in each decides (ties share). A phase with a design compares levels over seeds
+(`results/effects`), so its trials, which are single seeds, have no rank. One measurement counts once: trials that were given the
+measurement of an earlier one are left out.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from results.formats import count
-from results.mlflow_store import CURVE, StudyRuns, UnreadableStudy, read_study
-from results.pareto import mean_ranks, pareto_front, to_minimize
+from results.mlflow_store import CURVE, DESIGNS_TAG, StudyRuns, UnreadableStudy, read_study
+from results.pareto import front_first_ranks, pareto_front, to_minimize
 from results.rank_quality import TRIVIAL_METRICS, agreement_table
 from results.records import COST_METRICS, Metric, stderr_name
 
@@ -60,11 +61,13 @@ class StudyResults:
     """All finished trials of a study, ranked.
 
     `frame` has a row per measurement; `objectives` the metrics that decide the rank in each phase, in the order the phases
-    ran; `num_failed` counts failures by phase and kind, `num_reused` the trials given an earlier measurement.
+    ran; `designed` are the phases whose trials have no rank. `num_failed` counts failures by phase and kind, `num_reused` the trials
+    given an earlier measurement.
     """
 
     frame: pd.DataFrame
     objectives: Mapping[str, tuple[Metric, ...]]
+    designed: frozenset[str]
     num_failed: Mapping[str, Mapping[str, int]]
     num_reused: Mapping[str, int]
     provenance: Provenance
@@ -76,8 +79,9 @@ class StudyResults:
         return [phase for phase in self.objectives if phase in found] + sorted(found - set(self.objectives))
 
     def phase(self, name: str) -> pd.DataFrame:
-        """The rows of a phase by rank, without its empty columns."""
-        return self.frame.loc[self.frame["phase"] == name].dropna(axis="columns", how="all")
+        """The rows of a phase by rank, without its empty columns; "rank" is there and empty in a phase with a design."""
+        rows = self.frame.loc[self.frame["phase"] == name]
+        return rows.loc[:, rows.notna().any() | (rows.columns == "rank")]
 
     def metric_names(self, phase: str) -> list[str]:
         """The metrics of a phase: objectives, each with its standard error, then costs of the network, then the rest."""
@@ -99,16 +103,30 @@ class StudyResults:
         frame = self.frame[self.frame["phase"] == phase].reset_index(drop=True)
         return replace(self, frame=frame, objectives={phase: self.objectives.get(phase, ())})
 
+    def rank_rule(self, phase: str) -> str:
+        """How the networks of a phase are ranked, in a sentence."""
+        if phase in self.designed:
+            return "Its trials are single seeds and have no rank; levels are ranked by their means over seeds."
+        objectives = [f"{metric.name} ({metric.goal})" for metric in self.objectives.get(phase, ())]
+        if not objectives:
+            return "It has no objective, so trials are ranked in their order."
+        if len(objectives) == 1:
+            return f"Networks are ranked by {objectives[0]}."
+        each = f"{', '.join(objectives[:-1])} and {objectives[-1]}"
+        return f"Networks on the Pareto front rank first, then the others; within each part the mean of the ranks in {each} decides."
+
     def summary(self, phase: str) -> str:
+        """What the phase has measured and how it is ranked, in two sentences."""
         rows = self.phase(phase)
-        objectives = ", ".join(f"{metric.name} ({metric.goal})" for metric in self.objectives.get(phase, ())) or "none"
         failed = self.num_failed.get(phase, {})
-        parts = [f"{len(rows)} measured", f"{sum(rows['is_front'])} on the Pareto front"]
+        parts = [f"{len(rows)} measured"]
+        if len(self.objectives.get(phase, ())) > 1 and phase not in self.designed:
+            parts.append(f"{sum(rows['is_front'])} on the Pareto front")
         if reused := self.num_reused.get(phase, 0):
             parts.append(f"{count(reused, 'repeat')} left out")
         if failed:
             parts.append(f"{sum(failed.values())} failed ({', '.join(f'{count} {kind}' for kind, count in failed.items())})")
-        return f"{'; '.join(parts)}; objectives: {objectives}"
+        return f"{'; '.join(parts)}. {self.rank_rule(phase)}"
 
 
 def load(uri: str, study_name: str) -> pd.DataFrame:
@@ -130,11 +148,13 @@ def results_of(runs: StudyRuns) -> StudyResults:
     finished = [run for run in runs.trials if run.info.status == "FINISHED"]
     kept, reused = _first_measurements(finished)
     circumstances = [json.loads(run.data.tags["circumstances"]) for run in kept]
-    frame = _ranked(_frame(kept, circumstances), objectives)
+    designed = frozenset(phase for parent in runs.parents for phase in parent.data.tags.get(DESIGNS_TAG, "").split(", ") if phase)
+    frame = _ranked(_frame(kept, circumstances), objectives, designed)
     times = sorted(run.info.end_time or run.info.start_time for run in finished)
     return StudyResults(
         frame=frame,
         objectives=objectives,
+        designed=designed,
         num_failed=failed,
         num_reused=reused,
         provenance=Provenance(
@@ -189,8 +209,7 @@ def _frame(runs: Sequence[Run], circumstances: Sequence[Mapping[str, Any]]) -> p
     return pd.DataFrame(rows, columns=None if rows else pd.Index([*LEADING_COLUMNS, *TRAILING_COLUMNS]))
 
 
-def _ranked(frame: pd.DataFrame, objectives: Mapping[str, Sequence[Metric]]) -> pd.DataFrame:
-    import numpy as np
+def _ranked(frame: pd.DataFrame, objectives: Mapping[str, Sequence[Metric]], designed: Collection[str]) -> pd.DataFrame:
     import pandas as pd
 
     order = [*objectives, *sorted(set(frame["phase"]) - set(objectives))]
@@ -200,12 +219,12 @@ def _ranked(frame: pd.DataFrame, objectives: Mapping[str, Sequence[Metric]]) -> 
         metrics = objectives.get(phase, ())
         if not len(rows):
             continue
-        if metrics:
+        if phase in designed:
+            rows = rows.assign(rank=pd.Series([None] * len(rows), dtype=object), is_front=False)
+        elif metrics:
             values = rows.reindex(columns=[metric.name for metric in metrics]).to_numpy(dtype=float)
             costs = to_minimize(values, [metric.goal for metric in metrics])
-            score = mean_ranks(costs)
-            rows = rows.assign(rank=pd.Series(score).rank(method="min").astype(int), is_front=pareto_front(costs))
-            rows = rows.iloc[np.argsort(score, kind="stable")]
+            rows = rows.assign(rank=front_first_ranks(costs), is_front=pareto_front(costs)).sort_values(by="rank", kind="stable")
         else:
             rows = rows.assign(rank=range(1, len(rows) + 1), is_front=False)
         parts.append(rows)
@@ -215,8 +234,12 @@ def _ranked(frame: pd.DataFrame, objectives: Mapping[str, Sequence[Metric]]) -> 
 
 
 def agreement(results: StudyResults, phase: str) -> pd.DataFrame:
-    """Rank agreement of the phase's expensive scores with metrics that cost nothing: a low one means that a score adds something."""
-    scores = [metric.name for metric in results.objectives.get(phase, ()) if metric.name not in TRIVIAL_METRICS]
+    """Rank agreement of the phase's expensive scores with metrics that cost nothing: a low one means that a score adds something.
+
+    A phase with a design, whose trials are seeds of few networks, has none.
+    """
+    objectives = () if phase in results.designed else results.objectives.get(phase, ())
+    scores = [metric.name for metric in objectives if metric.name not in TRIVIAL_METRICS]
     return agreement_table(results.phase(phase), scores)
 
 

@@ -1,12 +1,14 @@
-"""A study for a terminal of 120 columns, and its short description in Markdown."""
+"""A study for a terminal, and its short description in Markdown."""
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from typing import TYPE_CHECKING
 
-from results.effects.text import TEXT_WIDTH, effects_markdown, effects_summary
-from results.formats import count, format_tau, format_value, shortened
+from results.columns import TEXT_WIDTH, Column, fitted
+from results.effects.text import effects_markdown, effects_summary
+from results.formats import count, format_tau, format_value, shortened_in_the_middle
 from results.records import stderr_name
 from results.study_results import COST_METRICS, agreement, family
 
@@ -17,82 +19,89 @@ if TYPE_CHECKING:
     from results.study_results import StudyResults
 
 SHORT_DIGEST = 8
+LEAST_LABEL_WIDTH = 24
 
 
-def print_results(report: StudyReport, top: int, place: str = "") -> None:
+def print_results(report: StudyReport, top: int, place: str = "", *, width: int = TEXT_WIDTH, wide: bool = False) -> None:
     """Print the head of every phase's table, the family it grew, what the expensive scores add, and the effects of its design.
 
-    `place` are the flags that the commands which are named need to find the study (`results.paths.place_flags`).
+    Tables leave out the columns that do not fit `width` characters, unless `wide`. `place` are the flags that the commands which are
+    named need to find the study (`results.paths.place_flags`).
     """
     results = report.results
+    command = f"python -m results.leaderboard {results.provenance.study_name}{place}"
     if not results.phases:
         num_failed = sum(sum(kinds.values()) for kinds in results.num_failed.values())
         print(f"study {results.provenance.study_name!r} has no finished trial yet ({num_failed} failed)")
     for phase in results.phases:
-        print(textwrap.fill(f"{results.provenance.study_name}/{phase}: {results.summary(phase)}", TEXT_WIDTH) + "\n")
-        print(text_table(results, phase, top, place) + "\n")
-        if text := family_text(results, phase):
-            print(f"the family, in the order it grew:\n{text}\n")
-        if text := agreement_text(agreement(results, phase)):
-            print(f"what the expensive scores add over what costs nothing:\n{text}\n")
-    for effects in report.effects:
-        print(effects_summary(effects))
-    if report.effects_failure:
-        print(report.effects_failure)
-
-
-def text_table(results: StudyResults, phase: str, top: int, place: str = "") -> str:
-    """The best of a phase for a terminal of 120 columns."""
-    rows = results.phase(phase)
-    names = results.metric_names(phase)
-    errors = {stderr_name(name) for name in names} & set(names)
-    shown = rows.head(top)
-    columns = [
-        ("rank", [f"{rank}{'*' if is_front else ' '}" for rank, is_front in zip(shown["rank"], shown["is_front"], strict=True)]),
-        ("digest", [digest[:SHORT_DIGEST] for digest in shown["digest"]]),
-        ("trial", [str(number) for number in shown["trial"]]),
-    ]
-    label_width = min(max([len(label) for label in shown["label"]], default=5), 46)
-    left = TEXT_WIDTH - label_width - sum(max(map(len, [title, *cells])) + 2 for title, cells in columns)
-    num_hidden = 0
-    for name in [name for name in names if name not in errors] + [name for name in ("elapsed_s",) if name in shown]:
-        cells = [format_value(value) for value in shown[name]]
-        if stderr_name(name) in errors:
-            spread = [format_value(value, digits=2) for value in shown[stderr_name(name)]]
-            cells = [f"{cell} ±{error}" for cell, error in zip(cells, spread, strict=True)]
-        width = max(map(len, [name, *cells])) + 2
-        if width > left:
-            num_hidden += 1
+        print(_wrapped(f"{results.provenance.study_name}/{phase}: {results.summary(phase)}", width) + "\n")
+        if phase in results.designed:
             continue
-        left -= width
-        columns.append((name, cells))
-    columns.insert(1, ("label", [shortened(label, label_width) for label in shown["label"]]))
-    lines = []
-    widths = [max(map(len, [title, *cells])) for title, cells in columns]
-    for cells in [[title for title, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]:
-        aligned = [
-            cell.ljust(width) if title in ("label", "digest") else cell.rjust(width)
-            for cell, width, (title, _) in zip(cells, widths, columns, strict=True)
-        ]
-        lines.append("  ".join(aligned).rstrip())
-    notes, command = ["* on the Pareto front"], f"python -m results.leaderboard {results.provenance.study_name}{place}"
+        print(text_table(results, phase, top, command, sys.maxsize if wide else width) + "\n")
+        if text := family_text(results, phase, width):
+            print(f"the family, in the order it grew:\n{text}\n")
+        if text := agreement_text(agreement(results, phase), width):
+            print(f"what the scores add over what costs nothing:\n{text}\n")
+    for effects in report.effects:
+        print(effects_summary(effects, command, width=sys.maxsize if wide else width))
+    if report.effects_failure:
+        print(_wrapped(report.effects_failure, width))
+
+
+def text_table(results: StudyResults, phase: str, top: int, command: str, width: int) -> str:
+    """The best of a phase; below it what was left out, and the `command` that shows it."""
+    rows = results.phase(phase)
+    shown = rows.head(top)
+    lines, left_out = fitted(_columns(results, phase, shown, is_wide=width == sys.maxsize), width)
+    notes = ["* on the Pareto front"] if any(shown["is_front"]) else []
+    flags = ""
     if len(rows) > top:
-        notes.append(f"{count(len(rows) - top, 'more row')}: {command} --top {len(rows)}")
-    if num_hidden:
-        notes.append(f"{count(num_hidden, 'more column')}: {command} --csv FILE")
-    return "\n".join([*lines, *textwrap.wrap("; ".join(notes), TEXT_WIDTH, break_on_hyphens=False)])
-
-
-def agreement_text(table: pd.DataFrame) -> str:
-    """The agreement table, a line per expensive score, at most 120 columns."""
-    lines = []
-    for score, rows in table.groupby("score", sort=False):
-        lines.append(f"{score}, Kendall's tau-b [95 % bootstrap interval], n = {rows['n'].max()}:")
-        lines += [f"    {row['baseline']:<32}{format_tau(row)}" for row in rows.to_dict("records")]
+        notes.append(count(len(rows) - top, "more row"))
+        flags += f" --top {len(rows)}"
+    if left_out:
+        notes.append(f"left out for {width} columns: {', '.join(left_out)}")
+        flags += " --wide"
+    if notes:
+        lines.append(_wrapped("; ".join(notes), min(width, TEXT_WIDTH)))
+    if flags:
+        # Not wrapped: it can be pasted.
+        lines.append(f"all: {command} --phase {phase}{flags}")
     return "\n".join(lines)
 
 
-def family_text(results: StudyResults, phase: str) -> str:
+def _columns(results: StudyResults, phase: str, rows: pd.DataFrame, *, is_wide: bool) -> list[Column]:
+    """The columns of a phase's table, those that matter most first."""
+    names = results.metric_names(phase)
+    errors = {stderr_name(name) for name in names} & set(names)
+    digests = [digest if is_wide else digest[:SHORT_DIGEST] for digest in rows["digest"]]
+    columns = [
+        Column("rank", [f"{rank}{'*' if is_front else ' '}" for rank, is_front in zip(rows["rank"], rows["is_front"], strict=True)]),
+        Column("label", list(rows["label"]), is_text=True, at_most=LEAST_LABEL_WIDTH),
+        Column("digest", digests, is_text=True),
+    ]
+    metrics = []
+    for name in [name for name in names if name not in errors] + [name for name in ("elapsed_s",) if name in rows]:
+        cells = [format_value(value) for value in rows[name]]
+        if stderr_name(name) in errors:
+            spread = [format_value(value, digits=2) for value in rows[stderr_name(name)]]
+            cells = [f"{cell} ±{error}" for cell, error in zip(cells, spread, strict=True)]
+        metrics.append(Column(name, cells))
+    known_before = [metric.name for metric in results.objectives.get(phase, ())] + list(COST_METRICS)
+    num_first = sum(column.title in known_before for column in metrics)
+    return [*columns, *metrics[:num_first], Column("trial", [str(number) for number in rows["trial"]]), *metrics[num_first:]]
+
+
+def agreement_text(table: pd.DataFrame, width: int = TEXT_WIDTH) -> str:
+    """The agreement table, a line for each expensive score and baseline."""
+    lines = []
+    for score, rows in table.groupby("score", sort=False):
+        lines.append(_wrapped(f"{score}, Kendall's tau-b [95 % bootstrap interval], n = {rows['n'].max()}:", width))
+        names = rows["baseline"].str.len().max()
+        lines += [f"    {row['baseline']:<{names}}  {format_tau(row)}" for row in rows.to_dict("records")]
+    return "\n".join(lines)
+
+
+def family_text(results: StudyResults, phase: str, width: int = TEXT_WIDTH) -> str:
     """The networks a phase yields, in the order it found them; empty if it marked none."""
     rows = family(results.phase(phase))
     names = [name for name in (*COST_METRICS, *(metric.name for metric in results.objectives.get(phase, ()))) if name in rows]
@@ -100,8 +109,15 @@ def family_text(results: StudyResults, phase: str) -> str:
     for row in rows.to_dict("records"):
         values = ", ".join(f"{name} {format_value(row[name])}" for name in names)
         scored = f" (scored: {str(row['proxy_digest'])[:SHORT_DIGEST]})" if row.get("proxy_digest") else ""
-        lines.append(f"{int(row['family_step']):>3}  {shortened(row['label'], 60)}  {row['digest'][:SHORT_DIGEST]}{scored}\n     {values}")
+        digests = f"{row['digest'][:SHORT_DIGEST]}{scored}"
+        label = shortened_in_the_middle(row["label"], max(width - 7 - len(digests), LEAST_LABEL_WIDTH))
+        lines += [f"{int(row['family_step']):>3}  {label}  {digests}", _wrapped(values, width, indent=5)]
     return "\n".join(lines)
+
+
+def _wrapped(text: str, width: int, *, indent: int = 0) -> str:
+    spaces = " " * indent
+    return textwrap.fill(text, width, initial_indent=spaces, subsequent_indent=spaces, break_long_words=False, break_on_hyphens=False)
 
 
 def markdown(report: StudyReport, top: int = 5) -> str:
@@ -109,6 +125,10 @@ def markdown(report: StudyReport, top: int = 5) -> str:
     results = report.results
     blocks = [f"## {results.provenance.study_name}"]
     for phase in results.phases:
+        blocks.append(f"### {phase}")
+        if phase in results.designed:
+            blocks.append(results.summary(phase))
+            continue
         names = [metric.name for metric in results.objectives.get(phase, ())]
         rows = results.phase(phase)
         names += [name for name in COST_METRICS if name in rows and name not in names]
@@ -117,7 +137,7 @@ def markdown(report: StudyReport, top: int = 5) -> str:
             label = str(row["label"]).replace("|", "\\|")
             cells = [f"{row['rank']}{'*' if row['is_front'] else ''}", label, f"`{row['digest'][:SHORT_DIGEST]}`"]
             lines.append(f"| {' | '.join([*cells, *(format_value(row[name]) for name in names)])} |")
-        blocks += [f"### {phase}", results.summary(phase) + " (* on the Pareto front)", "\n".join(lines)]
+        blocks += [results.summary(phase) + " (* on the Pareto front)", "\n".join(lines)]
     for effects in report.effects:
         blocks += [f"### effects: {effects.phase}", effects.registration + ".", effects_markdown(effects)]
     if report.effects_failure:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from results.paths import RunPaths, place_flags, without_password
+from results.waiting import AT_ONCE_S, waiting
 from search.arguments import (
     add_measuring_flags,
     add_model,
@@ -60,6 +61,7 @@ def list_all(argv: list[str]) -> int:
     return 0
 
 
+@waiting("importing torch and counting", first_s=AT_ONCE_S)
 def describe(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="search/run.py describe", description="Exact counts of one model, for one image.")
     add_model(parser)
@@ -91,28 +93,31 @@ def evaluate_model(argv: list[str]) -> int:
     add_network_flags(parser)
     add_measuring_flags(parser)
     args = parser.parse_args(argv)
-    from results.records import Failure
-    from space.search_space import Candidate
-    from workers.evaluate import Job, evaluate
-    from workers.resources import resources_of
+    with waiting(f"preparing {args.model} and its data", first_s=AT_ONCE_S):
+        from results.records import Failure
+        from search.progress import EvaluationProgress
+        from space.search_space import Candidate
+        from workers.evaluate import Job, evaluate
+        from workers.resources import resources_of
 
-    settings = run_settings("evaluate", args)
-    calls = tuple(settings.call(name.strip()) for name in args.evaluators.split(","))
-    _refuse_settings_of_others(settings, [call.name for call in calls])
-    if args.gpus > 0:
-        import torch
+        settings = run_settings("evaluate", args)
+        calls = tuple(settings.call(name.strip()) for name in args.evaluators.split(","))
+        _refuse_settings_of_others(settings, [call.name for call in calls])
+        if args.gpus > 0:
+            import torch
 
-        if not torch.cuda.is_available():
-            raise SpecError(f"--gpus {args.gpus:g}: there is no CUDA device on this machine; leave --gpus out to measure on the CPU")
-    spec = _fitted_model(args, calls)
-    recipe = parse_recipe(args.recipe, args.seed)
-    for call in calls:
-        call.evaluator.check(spec, recipe, call.settings)
-    # With --json, standard output is one object.
-    told = sys.stderr if args.json else sys.stdout
-    for doubt in recipe.doubts if recipe else ():
-        print(f"warning: {doubt}", file=sys.stderr)
-    dataset = _told_dataset(args.data, calls, spec, told)
+            if not torch.cuda.is_available():
+                raise SpecError(f"--gpus {args.gpus:g}: there is no CUDA device on this machine; leave --gpus out to measure on the CPU")
+        spec = _fitted_model(args, calls)
+        recipe = parse_recipe(args.recipe, args.seed)
+        for call in calls:
+            call.evaluator.check(spec, recipe, call.settings)
+        # With --json, standard output is one object.
+        told = sys.stderr if args.json else sys.stdout
+        for doubt in recipe.doubts if recipe else ():
+            print(f"warning: {doubt}", file=sys.stderr)
+        dataset = _told_dataset(args.data, calls, spec, told)
+    progress = EvaluationProgress(calls, recipe)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             trial=0,
@@ -126,7 +131,7 @@ def evaluate_model(argv: list[str]) -> int:
             num_threads=args.threads,
             resources=resources_of(calls, gpus=args.gpus),
         )
-        outcome = evaluate(job, dataset=dataset)
+        outcome = evaluate(job, progress.report, dataset, progress.around)
     if isinstance(outcome, Failure):
         print(outcome.traceback, file=sys.stderr) if outcome.kind == "error" else None
         print(f"failed ({outcome.kind}): {outcome.message}", file=sys.stderr)
@@ -176,7 +181,11 @@ def run_a_study(study: str, argv: list[str]) -> int:
     settings, args = parse_study(study, argv)
     interruption = Interruption()
     interruption.install()
-    from search.service import PhaseStopped, run_study
+    paths = RunPaths(settings.runs)
+    optuna, mlflow = settings.storage or str(paths.journal), settings.tracking_uri or paths.mlflow_uri
+    print(f"results in {paths.root} (Optuna: {without_password(optuna)}; MLflow: {without_password(mlflow)})", flush=True)
+    with waiting("importing what a study needs"):
+        from search.service import PhaseStopped, run_study
 
     try:
         run_study(

@@ -65,6 +65,9 @@ class PhaseLoop:
     hold: Hold
     interruption: Interruption = field(default_factory=Interruption)
     proposer: Proposer | None = None
+    ranks_trials: bool = True
+    """Whether the trials compete; in a phase with a design they are single seeds, and none is shown as the best."""
+
     _running: dict[int, _Asked] = field(default_factory=dict)
     _followers: dict[str, list[_Asked]] = field(default_factory=dict)
     _adopted: deque[optuna.Trial] = field(default_factory=deque)
@@ -77,7 +80,7 @@ class PhaseLoop:
 
     def __post_init__(self) -> None:
         self._memory = Memory(self.phase.evaluators)
-        self._tally = Tally(self.study.study_name, self.phase.goals)
+        self._tally = Tally(self.study.study_name, self.phase.goals if self.ranks_trials else ())
 
     def run(self) -> None:
         """Run until the phase is complete.
@@ -145,9 +148,12 @@ class PhaseLoop:
                 self._adopted.append(optuna.Trial(self.study, trial_id_of(self.study, self.storage, told.number)))
                 self._tally.note_adopted(told.number)
             elif told.state.is_finished() and not _is_withdrawn(told):
-                self._tally.count(told.state.name, told.values)
-                if stored := Measured.read(told.number, self.measuring.workdir(told.number)):
+                self._tally.count(told.state.name)
+                stored = Measured.read(told.number, self.measuring.workdir(told.number))
+                if stored:
                     self._memory.add(stored)
+                if told.state == TrialState.COMPLETE and not (stored and stored.reused_from is not None):
+                    self._tally.note_measured(told.number, told.values)
 
     def _fill(self) -> bool:
         """Ask for and submit trials until the pool is full (False) or nothing more is wanted for now (True)."""
@@ -264,7 +270,9 @@ class PhaseLoop:
         if isinstance(outcome, Measurement):
             values = [outcome.values[name] for name in self.phase.objectives]
             self.study.tell(asked.trial, values)
-            self._tally.count("COMPLETE", values)
+            self._tally.count("COMPLETE")
+            if asked.record.reused_from is None:
+                self._tally.note_measured(asked.trial.number, values)
             self._failures_in_a_row = 0
             for warning in outcome.warnings:
                 self._warn_once(warning)
@@ -302,7 +310,10 @@ class PhaseLoop:
             self.progress.say(f"warning: {warning}")
 
     def _show(self, *, final: bool = False) -> None:
-        self.progress.show(self._tally.status(running=len(self._running)), final=final)
+        awaits = "" if final else self.pool.awaits()
+        # To rank thousands of trials after each of them would take longer than the loop itself.
+        if final or self.progress.is_due(self.study.study_name, awaits):
+            self.progress.show(self._tally.status(running=len(self._running), awaits=awaits), final=final)
 
 
 def _is_withdrawn(told: optuna.trial.FrozenTrial) -> bool:

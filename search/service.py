@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import optuna
 from optuna.storages import BaseStorage
 
 from results.attachments import attach_leaderboard
+from results.columns import terminal_width
 from results.mlflow_store import MlflowTracker, check_tracking
 from results.mlflow_views import how_to_browse
 from results.paths import RunPaths, journal_lock, without_password
@@ -58,29 +59,31 @@ def run_study(
     Raises ValueError, before any work, for whatever a user can have got wrong; PhaseStopped when the work itself cannot
     go on. However it ends, what was measured is kept.
     """
-    plan = Plan(settings, fresh=fresh)
     progress = Progress()
-    progress.say(f"results in {plan.paths.root} (Optuna: {plan.shown_storage}; MLflow: {plan.shown_tracking})")
-    summary = data_summary(plan.study, plan.settings)
+    with progress.waiting("checking the settings and the data"):
+        plan = Plan(settings, fresh=fresh)
+        summary = data_summary(plan.study, plan.settings)
     for line in ([summary] if summary else []) + announcements(plan.study, plan.settings, given=settings) + [*plan.study.notes]:
         progress.say(line)
-    check_tracking(plan.tracking_uri)
-    with driving(plan, fresh) as (hold, storage, phases):
+    with progress.waiting(f"asking MLflow at {plan.shown_tracking}"):
+        check_tracking(plan.tracking_uri)
+    with driving(plan, fresh, progress) as (hold, storage, phases):
         for phase, design in plan.study.designs.items():
             for line in register(phases[phase], design):
                 progress.say(line)
-        tracker = MlflowTracker(
-            uri=plan.tracking_uri,
-            study_name=settings.study_name,
-            study_id=next(iter(phases.values())).user_attrs[IDENTITY_ATTRIBUTE],
-            artifact_root=plan.artifact_root,
-            invocation={"command": command, **_shown_settings(plan.settings), "data_summary": summary},
-            objectives={phase.name: list(phase.goals) for phase in plan.study.phases},
-            measured={phase.name: list(phase.metrics) for phase in plan.study.phases},
-            designs=plan.designs(),
-        )
+        with progress.waiting(f"opening the study in MLflow at {plan.shown_tracking}"):
+            tracker = MlflowTracker(
+                uri=plan.tracking_uri,
+                study_name=settings.study_name,
+                study_id=next(iter(phases.values())).user_attrs[IDENTITY_ATTRIBUTE],
+                artifact_root=plan.artifact_root,
+                invocation={"command": command, **_shown_settings(plan.settings), "data_summary": summary},
+                objectives={phase.name: list(phase.goals) for phase in plan.study.phases},
+                measured={phase.name: list(phase.metrics) for phase in plan.study.phases},
+                designs=plan.designs(),
+            )
         try:
-            with closing(make_pool(plan, max_workers, ray_address)) as pool:
+            with _open_pool(plan, max_workers, ray_address, progress) as pool:
                 for phase in plan.study.phases:
                     pool.check(phase.trial_resources(plan.settings))
                 for phase in plan.study.phases:
@@ -88,9 +91,10 @@ def run_study(
         except BaseException as error:
             _end_early(tracker, error, progress)
             raise
-        tracker.close("FINISHED")
-        results = attach_leaderboard(tracker)
-    print_results(results, LEADERBOARD_ROWS, place)
+        with progress.waiting("closing the study in MLflow, with its leaderboard as table, page and figures"):
+            tracker.close("FINISHED")
+            results = attach_leaderboard(tracker)
+    print_results(results, LEADERBOARD_ROWS, place, width=terminal_width())
     print(f"all of it: python -m results.leaderboard {settings.study_name}{place}")
     for line in how_to_browse(plan.tracking_uri, tracker.view_addresses):
         print(line)
@@ -109,8 +113,9 @@ def _shown_settings(settings: RunSettings) -> dict[str, str]:
 def _end_early(tracker: MlflowTracker, error: BaseException, progress: Progress) -> None:
     """Close the runs, then show what there is; `error` ended the work, and no failure of this may take its place."""
     try:
-        tracker.close("FAILED" if isinstance(error, PhaseStopped) else "KILLED")
-        attach_leaderboard(tracker)
+        with progress.waiting("closing the study in MLflow, with the leaderboard of what there is"):
+            tracker.close("FAILED" if isinstance(error, PhaseStopped) else "KILLED")
+            attach_leaderboard(tracker)
     except Exception as another:
         progress.say(f"what there is could not be recorded or shown: {type(another).__name__}: {another}")
 
@@ -139,6 +144,7 @@ def _run_phase(
             hold=hold,
             interruption=interruption,
             proposer=phase.propose(phases) if phase.propose else None,
+            ranks_trials=phase.name not in plan.study.designs,
         ).run()
     except (SettingsError, StudyIsDriven, PoolError):
         raise
@@ -255,42 +261,55 @@ class Plan:
 
 
 @contextmanager
-def driving(plan: Plan, fresh: bool) -> Iterator[tuple[Hold, BaseStorage, dict[str, optuna.Study]]]:
+def driving(plan: Plan, fresh: bool, progress: Progress | None = None) -> Iterator[tuple[Hold, BaseStorage, dict[str, optuna.Study]]]:
     """Hold the study against other drivers, with its storage and the Optuna study of every phase open."""
     name = plan.settings.study_name
     first = f"{name}/{plan.study.phases[0].name}"
+    progress = progress or Progress()
     with ExitStack() as stack:
+        with progress.waiting(f"opening the Optuna storage {plan.shown_storage}"):
 
-        def held(hold: Hold) -> Hold:
-            stack.callback(hold.release)
-            return hold
+            def held(hold: Hold) -> Hold:
+                stack.callback(hold.release)
+                return hold
 
-        # The work folder and MLflow's store are in the runs directory; the Optuna storage may be shared by several of those.
-        hold = held(LockFile(plan.paths.lock(name), name))
-        storage = plan.storage()
-        lease: Lease | None = None
-        if "://" not in plan.storage_location:
-            held(LockFile(journal_lock(Path(plan.storage_location), name), name))
-        elif first in optuna.get_all_study_names(storage):
-            hold = held(lease := Lease(optuna.load_study(study_name=first, storage=storage), say=Progress().say))
-        archiving = Archiving(
-            name=name,
-            first_phase=plan.study.phases[0].name,
-            paths=plan.paths,
-            tracking_uri=plan.tracking_uri,
-            storage=storage,
-            hold=hold,
-        )
-        archiving.finish()
-        if fresh:
-            archiving.run()
-        phases = {
-            phase.name: open_phase(f"{name}/{phase.name}", phase, plan.settings, plan.data_fingerprint, storage)
-            for phase in plan.study.phases
-        }
-        if "://" in plan.storage_location and not (lease and lease.is_held()):
-            hold = held(Lease(phases[plan.study.phases[0].name], say=Progress().say))
+            # The work folder and MLflow's store are in the runs directory; the Optuna storage may be shared by several of those.
+            hold = held(LockFile(plan.paths.lock(name), name))
+            storage = plan.storage()
+            lease: Lease | None = None
+            if "://" not in plan.storage_location:
+                held(LockFile(journal_lock(Path(plan.storage_location), name), name))
+            elif first in optuna.get_all_study_names(storage):
+                hold = held(lease := Lease(optuna.load_study(study_name=first, storage=storage), say=progress.say))
+            archiving = Archiving(
+                name=name,
+                first_phase=plan.study.phases[0].name,
+                paths=plan.paths,
+                tracking_uri=plan.tracking_uri,
+                storage=storage,
+                hold=hold,
+            )
+            archiving.finish()
+            if fresh:
+                archiving.run()
+            phases = {
+                phase.name: open_phase(f"{name}/{phase.name}", phase, plan.settings, plan.data_fingerprint, storage)
+                for phase in plan.study.phases
+            }
+            if "://" in plan.storage_location and not (lease and lease.is_held()):
+                hold = held(Lease(phases[plan.study.phases[0].name], say=progress.say))
         yield hold, storage, phases
+
+
+@contextmanager
+def _open_pool(plan: Plan, max_workers: int | None, ray_address: str, progress: Progress) -> Iterator[Pool]:
+    with progress.waiting("starting Ray" if ray_address == "local" else f"joining Ray at {ray_address}"):
+        pool = make_pool(plan, max_workers, ray_address)
+    try:
+        yield pool
+    finally:
+        with progress.waiting("ending what still runs"):
+            pool.close()
 
 
 def make_pool(plan: Plan, max_workers: int | None, ray_address: str) -> Pool:

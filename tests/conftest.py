@@ -81,6 +81,13 @@ def run_command(
     return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def run_pasted(command: str, *, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """A command as it was printed, in a shell whose `python` is this one."""
+    here = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, **here, **(env or {})}
+    return subprocess.run(command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False)
+
+
 def run_here(main: Callable[[list[str]], int], *args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The command line `main` with ARGS in this process: for what needs no process of its own, it saves the imports."""
     out, err = io.StringIO(), io.StringIO()

@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from results.columns import TEXT_WIDTH
 from results.effects.design import Contrast, Design
 from results.effects.predictions import Cell, Predictions, read_predictions
 from results.effects.statistics import holm
 from results.effects.table import effects_table, levels_table
-from results.effects.text import TEXT_WIDTH, effects_text, levels_text, published_sources, reading_notes
+from results.effects.text import effects_text, levels_text, published_sources, reading_notes
 from results.figures.forest import interactive_figure, write_html, write_png
 from results.records import Metric
 
@@ -238,7 +239,23 @@ def test_levels_are_summed_up_over_seeds():
     row = levels.loc[levels["level"] == "mixup"].iloc[0]
     assert (row["mean"], row["sd"]) == pytest.approx((np.mean(means), np.std(means, ddof=1)))
     assert (row["n_seeds"], row["missing"]) == (3, "mixup lacks seed 3 (failed: timeout)")
-    assert f"{np.mean(means):.2f} ± {np.std(means, ddof=1):.2f}" in levels_text(levels)
+    assert f"{np.mean(means):.2f} ± {np.std(means, ddof=1):.2f}" in levels_text(levels)[0]
+
+
+def test_levels_are_ranked_over_seeds_within_their_factor_and_only_where_they_are_paired():
+    # The best seed of all is one of the level whose mean is worst.
+    means = {"none": (60, 60, 60), "mixup": (80, 20, 20), "cutmix": (70, 70, 70)}
+    trials = [trial(level, seed, np.full(NUM_IMAGES, float(mean))) for level, own in means.items() for seed, mean in enumerate(own)]
+    plan = design(PRIMARY, against_none("cutmix"))
+    levels = levels_table(trials, plan)
+    assert levels.set_index("level")["rank"].to_dict() == {"none": 2, "mixup": 3, "cutmix": 1}
+    lines = [line.split() for line in levels_text(levels)[0].splitlines()[-3:]]
+    assert [line[:4] for line in lines] == [
+        [str(rank), "mixing:", *mean] for rank, *mean in ((1, "cutmix", "70.00"), (2, "none", "60.00"), (3, "mixup", "40.00"))
+    ]
+    lacking = levels_table(trials[:-1], plan).set_index("level")["rank"]
+    assert math.isnan(lacking["cutmix"])
+    assert lacking[["none", "mixup"]].tolist() == [1, 2]
 
 
 def test_images_are_matched_by_id_not_by_place():
@@ -378,7 +395,7 @@ def test_the_text_fits_a_terminal_and_names_the_trivial_accuracy(table: pd.DataF
     lines = effects_text(table).splitlines()
     assert max(map(len, lines)) <= TEXT_WIDTH
     assert "always guessing the most frequent class of the test set: 50.00 % top-1" in lines
-    assert [line for line in lines if line.startswith("P ")] == ["P mixing: mean(mixup, cutmix) - none"]
+    assert [line for line in lines if line.startswith("P ")] == ["P mixing: mean(mixup, cutmix) - none, top1_pct"]
     assert published_sources(table) == ["published +4.00 for mixing: mean(mixup, cutmix) - none: a paper, Table 1"]
     assert f"  {published_sources(table)[0]}" in lines
     words = ("better", "no diff", "inconclusive", "worse")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run_here
+from conftest import run_here, run_pasted
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -22,12 +22,12 @@ import results.page as page
 from results.attachments import attach_leaderboard
 from results.leaderboard import main
 from results.mlflow_store import MlflowTracker, UnreadableStudy, mlflow_client
-from results.pareto import mean_ranks, pareto_front
+from results.pareto import front_first_ranks, mean_ranks, pareto_front
 from results.paths import RunPaths, default_runs
 from results.records import Failure, Measurement, Metric
 from results.report import load_report
 from results.study_results import load
-from results.text import markdown
+from results.text import markdown, text_table
 from results.tracking import TrialRecord
 
 GOALS = [Metric("length_distortion", "maximize"), Metric("ntk_condition", "minimize")]
@@ -45,12 +45,23 @@ def test_the_front_is_what_nothing_dominates(points):
 
 
 @given(costs)
-def test_a_network_that_dominates_another_ranks_above_it(points):
-    ranks = mean_ranks(points)
+def test_a_network_ranks_above_those_it_dominates_and_on_the_front_above_all_others(points):
+    means, ranks, is_front = mean_ranks(points), front_first_ranks(points), pareto_front(points)
     for i, first in enumerate(points):
         for j, second in enumerate(points):
             if dominates(first, second):
+                assert means[i] < means[j]
                 assert ranks[i] < ranks[j]
+            if is_front[i] and not is_front[j]:
+                assert ranks[i] < ranks[j]
+            if is_front[i] == is_front[j]:
+                assert (ranks[i] < ranks[j]) == (means[i] < means[j])
+
+
+def test_a_good_compromise_off_the_front_ranks_below_the_extremes_on_it():
+    points = np.array([[0.0, 9.0], [1.0, 1.0], [9.0, 0.0], [1.0, 1.5], [8.0, 8.0]])
+    assert mean_ranks(points).tolist() == [3, 2.25, 3, 2.75, 4]
+    assert front_first_ranks(points).tolist() == [2, 1, 2, 4, 5]
 
 
 def test_a_missing_value_is_never_on_the_front_and_ranks_last():
@@ -106,6 +117,7 @@ def test_every_measurement_has_one_row_with_its_rank_and_front(runs_dir):
     points = np.stack([-topology["length_distortion"], topology["ntk_condition"]], axis=1)
     assert topology["is_front"].tolist() == [not any(dominates(other, point) for other in points) for point in points]
     assert topology["rank"].is_monotonic_increasing
+    assert topology["is_front"].is_monotonic_decreasing
     assert topology["rank"].iloc[0] == 1
     assert topology["is_front"].iloc[0]
     growth = frame[frame["phase"] == "growth"]
@@ -141,17 +153,59 @@ def test_the_command_prints_a_table_and_writes_its_files(runs_dir, tmp_path):
     files = ["--csv", "out/a.csv", "--html", "a.html", "--png", "a.png"]
     command = [sys.executable, "-m", "results.leaderboard", "as_vit", "--top", "5", *files]
     environment = {**os.environ, "VITSCALE_RUNS": str(runs_dir)}
+    environment.pop("COLUMNS", None)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.split("\n"))) <= 120
-    assert "12 measured" in done.stdout
-    assert "1 failed (1 non_finite)" in done.stdout
-    assert "7 more rows: python -m results.leaderboard as_vit --top 12" in done.stdout
+    assert max(map(len, done.stdout.split("\n"))) <= 80
+    words = " ".join(done.stdout.split())
+    assert (
+        "12 measured; 4 on the Pareto front; 1 repeat left out; 1 failed (1 non_finite). Networks on the Pareto front rank first" in words
+    )
+    assert "7 more rows; left out for 80 columns: params_m, depth, trial, elapsed_s" in words
     assert "the family, in the order it grew" in done.stdout
+    assert "too few networks (3 of 10)" in done.stdout
     frame = pd.read_csv(tmp_path / "out" / "a.csv")
     assert len(frame) == 15
     assert {"rank", "label", "digest", "phase", "trial", "length_distortion", "gmacs"} <= set(frame.columns)
     assert Image.open(tmp_path / "a.png").width > 1500
+
+
+@pytest.mark.parametrize("columns", [50, 80])
+def test_tables_fit_the_terminal_and_the_printed_command_shows_what_was_left_out(runs_dir, tmp_path, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    printed = run_here(main, "as_vit", "--top", "2", "--phase", "topology", "--runs", runs_dir, cwd=tmp_path).stdout.splitlines()
+    (hint,) = [line.removeprefix("all: ") for line in printed if line.startswith("all: ")]
+    assert max(len(line) for line in printed if hint not in line) <= columns
+    assert f"left out for {columns} columns: " in " ".join(printed)
+    everything = run_pasted(hint, cwd=tmp_path, env={"COLUMNS": str(columns)})
+    assert everything.returncode == 0, everything.stderr
+    assert "left out for" not in everything.stdout
+    (head,) = [line for line in everything.stdout.splitlines() if line.startswith("rank ")]
+    names = ["rank", "label", "digest", "length_distortion", "ntk_condition", "gmacs", "params_m", "depth", "trial", "elapsed_s"]
+    assert head.split() == names
+    assert everything.stdout.count("as_vit:8,2,") == 12
+
+
+def test_a_label_that_is_shortened_leaves_a_digest_that_can_be_used(tmp_path: Path):
+    digest = "0123456789abcdef"
+    tracker = MlflowTracker(RunPaths(tmp_path).mlflow_uri, "s", invocation={}, objectives={"train": GOALS})
+    tracker.record(record("train", 0, label="|".join(["4,2,3,1"] * 12), digest=digest), measured(1.0, 2.0))
+    tracker.close("FINISHED")
+    results = load_report(RunPaths(tmp_path).mlflow_uri, "s").results
+    _, row, *_ = text_table(results, "train", 5, "", 60).splitlines()
+    assert digest[:8] in row
+    assert "4,2,3,1|" in row
+    assert "…" in row
+
+
+def test_the_rule_of_the_rank_stands_with_every_table(runs_dir, tmp_path):
+    report = load_report(RunPaths(runs_dir).mlflow_uri, "as_vit")
+    rule = (
+        "Networks on the Pareto front rank first, then the others; within each part the mean of the ranks in length_distortion (maximize)"
+    )
+    printed = run_here(main, "as_vit", "--runs", runs_dir, cwd=tmp_path).stdout
+    for shown in (printed, markdown(report), page.render(report)):
+        assert " ".join(shown.split()).count(rule) == 2
 
 
 def test_the_page_loads_nothing_and_escapes_labels(runs_dir, tmp_path):

@@ -176,7 +176,9 @@ def test_the_addresses_of_all_studies_of_a_store_are_printed(store: tuple[RunPat
 def test_browsing_what_cannot_be_read_says_so_and_creates_nothing(tmp_path: Path):
     empty = run_here(browse.main, RunPaths(tmp_path).mlflow_uri, cwd=tmp_path)
     assert (empty.returncode, list(tmp_path.iterdir())) == (0, [])
-    assert "no study" in empty.stdout
+    uri = RunPaths(tmp_path).mlflow_uri
+    assert empty.stdout == f"no study in {uri} yet; this makes one: search/run.py smoke --tracking-uri {uri}\n"
+    assert run_here(browse.main, cwd=tmp_path).stdout.endswith("this makes one: search/run.py smoke\n")
     refused = run_here(browse.main, str(tmp_path), cwd=tmp_path)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "is not supported" in refused.stderr

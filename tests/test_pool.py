@@ -67,6 +67,17 @@ def evaluators_of_this_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests'}")
 
 
+def test_it_says_what_has_to_happen_before_a_job_can_start(tmp_path: Path, pool: RayPool):
+    assert pool.awaits() == ""
+    pool.submit(job(0, tmp_path))
+    assert pool.awaits() == "the data"
+    while not (events := pool.poll(0.1)):
+        assert pool.awaits() in ("the data", "workers to start", "")
+    assert isinstance(events[-1], Finished)
+    pool.submit(job(1, tmp_path))
+    assert pool.awaits() == ""
+
+
 @pytest.fixture
 def pool() -> Iterator[RayPool]:
     made = RayPool(address="local")

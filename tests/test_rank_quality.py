@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
+from results.formats import format_tau
 from results.rank_quality import (
     agreement_table,
     kendall_tau,
@@ -116,4 +117,13 @@ def test_the_table_has_a_row_per_score_and_baseline():
     table = agreement_table(frame, ["score"])
     assert table[["score", "baseline", "n"]].values.tolist() == [["score", "params_m", 4], ["score", "depth", 4]]
     assert table["tau"][0] == 1
+    assert table.loc[0, ["low", "high"]].isna().all()
     assert table.loc[1, ["tau", "low", "high"]].isna().all()
+
+
+def test_fewer_than_ten_networks_have_no_interval_and_the_table_says_so():
+    frame = pd.DataFrame({"score": np.arange(10.0), "gmacs": np.arange(10.0), "depth": 4.0})
+    few, enough = (agreement_table(frame.head(n), "score").to_dict("records") for n in (9, 10))
+    assert [format_tau(row) for row in few] == ["too few networks (9 of 10)"] * 2
+    assert [format_tau(row) for row in enough] == ["+1.00 [+1.00, +1.00]", "constant"]
+    assert math.isnan(rank_agreement([1, 2], [1, 2], seed=0).high)

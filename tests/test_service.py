@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import run_command, run_here
+from conftest import run_command, run_here, run_pasted
 from optuna.trial import TrialState
 
 import search
@@ -188,6 +189,29 @@ def test_an_experiment_of_another_study_of_that_name_is_refused(tmp_path: Path):
     assert refused.returncode == 2
     assert "records another study of that name" in refused.stderr
     assert len(load(uri, "smoke")) == 2
+
+
+@pytest.mark.usefixtures("serial_pool")
+def test_every_step_that_may_take_long_is_named_and_the_printed_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    named: list[str] = []
+    monkeypatch.setattr("search.progress.waiting", lambda what, say: named.append(what) or contextlib.nullcontext())
+    done = run_study(tmp_path, "smoke", "--trials", "3", "--runs", "my runs")
+    (tmp_path / "elsewhere").mkdir()
+    assert [what.split(" at ")[0].partition(" storage")[0] for what in named] == [
+        "checking the settings and the data",
+        "asking MLflow",
+        "opening the Optuna",
+        "opening the study in MLflow",
+        "starting Ray",
+        "ending what still runs",
+        "closing the study in MLflow, with its leaderboard as table, page and figures",
+    ]
+    hints = re.findall(r"^all(?: of it)?: (.*)$", done.stdout, flags=re.MULTILINE)
+    assert len(hints) == 2
+    for hint in hints:
+        shown = run_pasted(hint, cwd=tmp_path / "elsewhere")
+        assert shown.returncode == 0, shown.stderr
+        assert "3 measured" in shown.stdout
 
 
 @pytest.mark.usefixtures("serial_pool")

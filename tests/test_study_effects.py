@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import run_here, run_pasted
 
+from results import leaderboard
 from results.attachments import attach_leaderboard
 from results.effects.design import Contrast, Design
 from results.effects.study import Effects, merge_designs
@@ -163,7 +165,7 @@ def test_the_leaderboard_stands_when_effects_cannot_be_stated(ledger: Ledger, ca
     reason = "ValueError: one seed and one image have no interval: nothing can be resampled"
     assert report.effects_failure == f"effects could not be stated: {reason}"
     print_results(report, 5)
-    for shown in (capsys.readouterr().out, markdown(report), render(report)):
+    for shown in (" ".join(capsys.readouterr().out.split()), markdown(report), render(report)):
         assert report.effects_failure in shown
 
 
@@ -255,7 +257,32 @@ def test_curves_of_all_levels_are_drawn_over_their_seeds(ledger: Ledger):
     assert "mean of 2 seeds" in page
 
 
-def test_hints_are_commands_that_can_be_pasted(ledger: Ledger):
+def test_hints_are_commands_that_can_be_pasted(ledger: Ledger, tmp_path: Path):
     tracker = ledger.open(design(MEAN))
     ledger.record_arms(tracker, "pooling", "class_token", "mean")
-    assert "1 row on other outcomes: python -m results.leaderboard ablations --html FILE" in effects_summary(ledger.effects())
+    tracker.close("FINISHED")
+    here = effects_summary(ledger.effects())
+    assert "1 row on other outcomes in effects.csv of the parent run and in this page:\npython -m results.leaderboard ablations" in here
+    printed = run_here(leaderboard.main, "ablations", "--runs", ledger.root, cwd=tmp_path).stdout
+    (hint,) = [line for line in printed.splitlines() if line.startswith("python -m results.leaderboard")]
+    done = run_pasted(hint, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "leaderboard.html").exists()
+
+
+def test_single_seeds_have_no_rank_and_are_kept_in_the_table(ledger: Ledger, capsys):
+    tracker = ledger.open(design(MEAN))
+    ledger.record_arms(tracker, "pooling", "class_token", "mean", seeds=3)
+    report = attach_leaderboard(tracker)
+    tracker.close("FINISHED")
+    frame = report.results.frame
+    assert len(frame) == 6
+    assert frame["rank"].isna().all()
+    assert not frame["is_front"].any()
+    parent = mlflow_client(ledger.uri).get_run(tracker.parent_run_id).data
+    assert not [name for name in {**parent.metrics, **parent.params} if name.startswith("best/")]
+    print_results(report, 5)
+    for shown in (capsys.readouterr().out, markdown(report)):
+        assert "single seeds and have no rank" in " ".join(shown.split())
+        assert "pooling=class_token" not in shown
+    assert "too few" not in render(report)

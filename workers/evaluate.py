@@ -9,7 +9,8 @@ import math
 import platform
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
@@ -111,10 +112,16 @@ def import_for(job: Job) -> None:
         import torch  # noqa: F401
 
 
-def evaluate(job: Job, report: Report = report_nothing, dataset: DataSet | None = None) -> Outcome:
+def evaluate(
+    job: Job,
+    report: Report = report_nothing,
+    dataset: DataSet | None = None,
+    around: Callable[[Call], AbstractContextManager[object]] = nullcontext,
+) -> Outcome:
     """Run the job's evaluators in order and return their metrics, or the reason there are none.
 
-    `dataset` is the job's, where the caller has it already; else it is loaded if an evaluator needs it.
+    `dataset` is the job's, where the caller has it already; else it is loaded if an evaluator needs it. Each evaluator runs inside the
+    context that `around` makes of its call.
     """
     started = time.perf_counter()
     device = job.resources.device
@@ -141,7 +148,8 @@ def evaluate(job: Job, report: Report = report_nothing, dataset: DataSet | None 
             warn=warnings.append,
         )
         for call in job.calls:
-            measured = _measure(call, subject_of(call, job.candidate), context)
+            with around(call):
+                measured = _measure(call, subject_of(call, job.candidate), context)
             _check(call, measured, values)
             values |= {name: float(value) for name, value in measured.items()}
     except Exception as error:

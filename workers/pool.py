@@ -65,6 +65,10 @@ class Pool(Protocol):
         """What happened since the last call, waiting up to `timeout_s` for something to happen."""
         ...
 
+    def awaits(self) -> str:
+        """What has to happen before any job in flight can start; empty once one runs, and where there is none."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -89,6 +93,9 @@ class SerialPool:
         events: list[Event] = []
         outcome = evaluate(job, lambda name, value, step: events.append(Reported(job.trial, name, value, step)))
         return [*events, Finished(job.trial, outcome)]
+
+    def awaits(self) -> str:
+        return ""
 
     def close(self) -> None:
         self._queue.clear()
@@ -124,6 +131,7 @@ class RayPool:
     _flights: dict[Any, _Flight] = field(default_factory=dict)
     _datasets: dict[tuple[str, int], Any] = field(default_factory=dict)
     _capacities: dict[Resources, tuple[float, int]] = field(default_factory=dict)
+    _has_started: bool = False
 
     def __post_init__(self) -> None:
         self._owns_cluster = self.address == "local"
@@ -242,6 +250,7 @@ class RayPool:
             ref, flight = by_trial[trial]
             if kind == "started":
                 flight.started_at = time.monotonic()
+                self._has_started = True
             elif kind == "reported":
                 events.append(Reported(trial, *rest))
             else:
@@ -257,6 +266,16 @@ class RayPool:
             if limit and flight.started_at and not flight.timed_out and time.monotonic() - flight.started_at > limit:
                 flight.timed_out = True
                 ray.cancel(ref, force=True)
+
+    def awaits(self) -> str:
+        import ray
+
+        if not self._flights or any(flight.started_at is not None for flight in self._flights.values()):
+            return ""
+        datasets = list(self._datasets.values())
+        if datasets and ray.wait(datasets, num_returns=len(datasets), timeout=0)[1]:
+            return "the data"
+        return "" if self._has_started else "workers to start"
 
     def close(self) -> None:
         import ray

@@ -215,7 +215,11 @@ def _numbers(row: Mapping[str, Any], differences: np.ndarray, bootstrap: Bootstr
 
 
 def levels_table(cells: Iterable[Cell], design: Design, *, absent: Mapping[CellKey, str] | None = None) -> pd.DataFrame:
-    """A row per level and outcome: factor, level, outcome, unit, n_seeds, mean and sd over seeds (ddof 1), missing."""
+    """A row per level and outcome: factor, level, outcome, unit, n_seeds, mean and sd over seeds (ddof 1), missing, rank.
+
+    The rank is that of the mean among the levels of the factor, from 1 on, and equals share it. A level that lacks a seed of its factor
+    has none (nan): its mean is not paired with the others.
+    """
     import pandas as pd
 
     tested = _on_same_images(cells, absent or {})
@@ -237,7 +241,10 @@ def levels_table(cells: Iterable[Cell], design: Design, *, absent: Mapping[CellK
                     "missing": tested.missing(factor, level, outcome.name, seeds),
                 }
             )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    paired = table["mean"].where(table["missing"] == "")
+    costs = paired.where(table["outcome"].isin([outcome.name for outcome in design.outcomes if outcome.goal == "minimize"]), -paired)
+    return table.assign(rank=costs.groupby([table["factor"], table["outcome"]]).rank(method="min"))
 
 
 def _majority_pct(labels: np.ndarray) -> float:

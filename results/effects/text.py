@@ -4,38 +4,48 @@ from __future__ import annotations
 
 import math
 import textwrap
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from results.columns import TEXT_WIDTH, Column, fitted
 from results.effects.study import EFFECTS_FILE, Effects
 from results.formats import count, format_effect, format_interval, format_mean
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TEXT_WIDTH = 120
-_NAME_WIDTH = 27
 _NUMBER_WIDTHS = (15, 14, 8, 7, 14, 10, 6)
-_MAX_LEVEL_OUTCOMES = 4
 
 
-def effects_summary(effects: Effects) -> str:
-    """The levels, and every contrast on the outcomes that some contrast was made for; a last line counts the other rows."""
+def effects_summary(effects: Effects, command: str = "", *, width: int = TEXT_WIDTH) -> str:
+    """The levels, and every contrast on the outcomes that some contrast was made for; a last line counts the other rows.
+
+    Outcomes of levels that do not fit `width` characters are left out and named. `command` shows the study's leaderboard.
+    """
+    command = command or f"python -m results.leaderboard {effects.study_name}"
     outcomes = {contrast.outcome for contrast in effects.design.contrasts}
     own = effects.table.loc[[outcome in outcomes for outcome in effects.table["outcome"]]]
     head = "\n".join(textwrap.wrap(f"{effects.study_name}/{effects.phase}, effects: {effects.registration}", TEXT_WIDTH))
-    hint = f"python -m results.leaderboard {effects.study_name} --html FILE, or {EFFECTS_FILE} of the parent run"
     num_others = len(effects.table) - len(own)
-    others = f"{count(num_others, 'row')} on other outcomes: {hint}\n" if num_others else ""
-    return f"{head}\n\n{levels_text(effects.levels)}\n{effects_text(own)}{others}"
+    others = ""
+    if num_others:
+        others = f"{count(num_others, 'row')} on other outcomes in {EFFECTS_FILE} of the parent run and in this page:\n"
+        others += f"{command} --html leaderboard.html\n"
+    lines, left_out = levels_text(effects.levels, width)
+    if left_out:
+        note = f"left out for {width} columns: {', '.join(left_out)}"
+        lines += "\n".join([*textwrap.wrap(note, min(width, TEXT_WIDTH)), f"all: {command} --phase {effects.phase} --wide\n"])
+    return f"{head}\n\n{lines}\n{effects_text(own)}{others}"
 
 
 def effects_markdown(effects: Effects) -> str:
     """The levels on the first outcome and the primary contrasts as tables of Markdown."""
     outcome = effects.design.outcomes[0].name
-    lines = [f"| level | {outcome}, mean ± sd | seeds | missing |", "|---|---:|---:|---|"]
-    for row in effects.levels.loc[effects.levels["outcome"] == outcome].to_dict("records"):
-        mean = format_mean(row["mean"], row["sd"], row["unit"])
-        lines.append(f"| {row['factor']}: {row['level']} | {mean} | {row['n_seeds']} | {row['missing']} |")
+    lines = [f"| rank | level | {outcome}, mean ± sd | seeds | missing |", "|---:|---|---:|---:|---|"]
+    for row in _best_first(effects.levels).to_dict("records"):
+        if row["outcome"] == outcome:
+            mean = format_mean(row["mean"], row["sd"], row["unit"])
+            lines.append(f"| {_rank(row)} | {row['factor']}: {row['level']} | {mean} | {row['n_seeds']} | {row['missing']} |")
     lines += ["", "| primary contrast | outcome | effect | 95 % interval | p | seeds | verdict |", "|---|---|---:|---|---:|---:|---|"]
     for row in effects.table.loc[effects.table["is_primary"]].to_dict("records"):
         numbers = ["-", "-", "-"]
@@ -74,24 +84,43 @@ def reading_notes(table: pd.DataFrame) -> list[str]:
     return notes
 
 
-def levels_text(levels: pd.DataFrame) -> str:
-    """A line per level: mean and standard deviation over seeds of the first outcomes, in percent for accuracies."""
-    outcomes = list(dict.fromkeys(levels["outcome"]))[:_MAX_LEVEL_OUTCOMES]
-    lines = [f"{'mean ± sd over seeds':<{_NAME_WIDTH}}" + "".join(f"{name:>20}" for name in outcomes) + f"{'seeds':>8}"]
-    for _, rows in levels.groupby(["factor", "level"], sort=False):
-        found = {row["outcome"]: row for row in rows.to_dict("records")}
-        label = f"{rows['factor'].iloc[0]}: {rows['level'].iloc[0]}"
-        cells = "".join(f"{format_mean(found[name]['mean'], found[name]['sd'], found[name]['unit']):>20}" for name in outcomes)
-        lines.append(f"{label:<{_NAME_WIDTH}}{cells}{found[outcomes[0]]['n_seeds']:>8}")
-    return "\n".join(lines) + "\n"
+def levels_text(levels: pd.DataFrame, width: int = TEXT_WIDTH) -> tuple[str, list[str]]:
+    """A line per level, best first: mean and standard deviation over seeds of each outcome that fits, and the outcomes left out."""
+    outcomes = list(dict.fromkeys(levels["outcome"]))
+    first, *others = ([row for row in _best_first(levels).to_dict("records") if row["outcome"] == name] for name in outcomes)
+    means = [[format_mean(row["mean"], row["sd"], row["unit"]) for row in rows] for rows in (first, *others)]
+    columns = [
+        Column("rank", [_rank(row) for row in first]),
+        Column("level", [f"{row['factor']}: {row['level']}" for row in first], is_text=True),
+        Column(outcomes[0], means[0]),
+        Column("seeds", [str(row["n_seeds"]) for row in first]),
+        *(Column(name, cells) for name, cells in zip(outcomes[1:], means[1:], strict=True)),
+    ]
+    lines, left_out = fitted(columns, width)
+    rule = f"Means ± sd over seeds. A factor's levels are ranked by mean {outcomes[0]}; one that lacks a seed has no rank."
+    return "\n".join([*textwrap.wrap(rule, min(width, TEXT_WIDTH)), "", *lines]) + "\n", left_out
+
+
+def _best_first(levels: pd.DataFrame) -> pd.DataFrame:
+    """The rows by factor, in each the levels by their rank on the first outcome, those without one last."""
+    ranks = levels.loc[levels["outcome"] == levels["outcome"].iloc[0]].set_index(["factor", "level"])["rank"]
+    factors = list(dict.fromkeys(levels["factor"]))
+    of_level = [ranks[factor, level] for factor, level in zip(levels["factor"], levels["level"], strict=True)]
+    return levels.assign(of_level=of_level, of_factor=levels["factor"].map(factors.index)).sort_values(
+        by=["of_factor", "of_level"], kind="stable"
+    )
+
+
+def _rank(row: Mapping[Any, Any]) -> str:
+    return "-" if math.isnan(row["rank"]) else str(int(row["rank"]))
 
 
 def effects_text(table: pd.DataFrame) -> str:
-    """The table for a terminal, `TEXT_WIDTH` columns: a line of numbers and the verdict for each row, primary (`P`) first."""
+    """The table for a terminal, `TEXT_WIDTH` columns: name, numbers and verdict of each row on lines of their own, primary (`P`) first."""
     lines = [line for note in reading_notes(table) for line in textwrap.wrap(note, TEXT_WIDTH)]
-    lines += ["", _line("  contrast (P = primary)", "outcome", "means", "effect", "p", "Holm", "MDE", "published", "seeds")]
+    lines += ["", "  contrast, outcome (P = primary)", _line("means", "effect", "p", "Holm", "MDE", "published", "seeds")]
     for row in table.loc[(table["n_seeds"] > 0) | table["is_primary"]].to_dict("records"):
-        name = f"{'P' if row['is_primary'] else ' '} {row['factor']}: {row['contrast']}"
+        name = f"{'P' if row['is_primary'] else ' '} {row['factor']}: {row['contrast']}, {row['outcome']}"
         cells = ["-"] * 7
         if row["n_seeds"]:
             cells = [
@@ -103,10 +132,7 @@ def effects_text(table: pd.DataFrame) -> str:
                 format_effect(row["published"], row["unit"]),
                 str(row["n_seeds"]),
             ]
-        if len(name) > _NAME_WIDTH:
-            lines += textwrap.wrap(name, TEXT_WIDTH, subsequent_indent="    ")
-            name = ""
-        lines.append(_line(name, row["outcome"], *cells))
+        lines += [*textwrap.wrap(name, TEXT_WIDTH, subsequent_indent="    "), _line(*cells)]
         lines += textwrap.wrap(row["verdict"], TEXT_WIDTH, initial_indent="      ", subsequent_indent="      ")
     absent = table.loc[(table["n_seeds"] == 0) & ~table["is_primary"]]
     for (factor, outcome), rows in absent.groupby(["factor", "outcome"], sort=False):
@@ -121,6 +147,6 @@ def _narrow(p: float) -> str:
     return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
 
 
-def _line(name: str, outcome: str, *numbers: str) -> str:
+def _line(*numbers: str) -> str:
     aligned = "".join(f"{number:>{width}}" for number, width in zip(numbers, _NUMBER_WIDTHS, strict=True))
-    return f"{name:<{_NAME_WIDTH}} {outcome:<{TEXT_WIDTH - _NAME_WIDTH - 1 - sum(_NUMBER_WIDTHS)}}{aligned}"
+    return f"{'':{TEXT_WIDTH - sum(_NUMBER_WIDTHS)}}{aligned}"
