@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from results.effects.text import published_sources, reading_notes
-from results.figures import forest
-from results.figures.leaderboard import MAX_PLOTTED, Panel, interactive_figure, panels
+from results.figures import forest, leaderboard, web
+from results.figures.leaderboard import MAX_PLOTTED, Panel
 from results.formats import format_effect, format_interval, format_mean, format_tau, format_value
 from results.records import stderr_name
 from results.study_results import agreement, family
@@ -23,26 +23,22 @@ MAX_ROWS = 1000
 """Rows of a table; beyond this a browser sorts slowly, and nobody reads on."""
 
 STYLE = """
-:root { --ink: #1b2a3a; --soft: #5a6b7c; --line: #dfe5eb; --accent: #d1495b; --wash: #f6f8fa; }
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); margin: 0 auto; padding: 32px 28px 64px;
-  max-width: 1280px; background: white; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 20px; margin: 44px 0 4px; } h3 { font-size: 15px; margin: 28px 0 8px; }
-p { margin: 4px 0 12px; color: var(--soft); max-width: 92ch; }
-.scroll { overflow: auto; max-height: 640px; border: 1px solid var(--line); border-radius: 8px; }
+.scroll { overflow: auto; max-height: 640px; border: 1px solid var(--grid); border-radius: 8px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; width: 100%; }
-th, td { padding: 6px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: 6px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
 th { position: sticky; top: 0; background: var(--wash); font-weight: 600; }
-th.sortable { cursor: pointer; user-select: none; } th.sortable:hover { color: var(--accent); }
+th.sortable { cursor: pointer; user-select: none; } th.sortable:hover { color: var(--front); }
 th[aria-sort=ascending]::after { content: " \\25B4"; } th[aria-sort=descending]::after { content: " \\25BE"; }
 td.text, th.text { text-align: left; } td.code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 12px; }
-tr.front td:first-child { box-shadow: inset 3px 0 var(--accent); } tr.front td:first-child { font-weight: 700; }
+tr.front td:first-child { box-shadow: inset 3px 0 var(--front); } tr.front td:first-child { font-weight: 700; }
+td.wrap { text-align: left; white-space: normal; min-width: 20ch; } td.verdict { min-width: 40ch; }
 tbody tr:hover { background: var(--wash); } .error { color: var(--soft); font-size: 12px; }
 .narrow { display: inline-block; max-width: 100%; } .narrow table { width: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; font-size: 13px; margin: 12px 0 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-input { font: inherit; font-size: 13px; padding: 5px 10px; border: 1px solid var(--line); border-radius: 6px; width: 280px;
-  margin: 0 0 8px; }
+input { font: inherit; font-size: 13px; padding: 5px 10px; border: 1px solid var(--grey); border-radius: 6px; width: 280px;
+  margin: 0 0 8px; background: var(--paper); color: inherit; }
+input::placeholder { color: var(--soft); opacity: 1; }
 """
 
 SCRIPT = """
@@ -74,31 +70,22 @@ def write_html(report: StudyReport, path: Path) -> None:
 
 
 def render(report: StudyReport) -> str:
-    """The page's text; some five megabytes, most of them plotly's script."""
-    from plotly.offline import get_plotlyjs
-
+    """The page's text."""
     results = report.results
-    grid = {row[0].phase: row for row in panels(results)}
-    name = escape(results.provenance.study_name)
+    grid = {row[0].phase: row for row in leaderboard.panels(results)}
     provenance = "".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in results.provenance.lines())
     sections = "".join(_section(results, phase, grid.get(phase, [])) for phase in results.phases) or "<p>No finished trial yet.</p>"
     effects = "".join(_effects(one) for one in report.effects)
     if report.effects_failure:
         effects += f"<p>{escape(report.effects_failure)}.</p>"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: leaderboard</title>'
-        '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
-        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body><h1>{name}: leaderboard</h1>"
-        f"<dl>{provenance}</dl>{effects}{sections}<script>{SCRIPT}</script></body></html>\n"
-    )
+    body = f"<dl>{provenance}</dl>{effects}{sections}"
+    return web.page(f"{results.provenance.study_name}: leaderboard", body, style=STYLE, script=SCRIPT)
 
 
 def _section(results: StudyResults, phase: str, row: list[Panel]) -> str:
     parts = [f"<h2>{escape(phase)}</h2><p>{escape(results.summary(phase))}</p>"]
     if row:
-        figure = interactive_figure(row)
-        config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
-        parts.append(figure.to_html(full_html=False, include_plotlyjs=False, config=config))
+        parts.append(leaderboard.charts(row))
         num_points = len(results.phase(phase))
         if num_points > MAX_PLOTTED:
             parts.append(f"<p>Drawn are the front and the {MAX_PLOTTED} best of {num_points} measurements.</p>")
@@ -112,12 +99,10 @@ def _section(results: StudyResults, phase: str, row: list[Panel]) -> str:
 
 def _effects(effects: Effects) -> str:
     """Mean and spread of every level, the forest plot, and a row per contrast, primary ones first."""
-    figure = ""
-    if effects.is_measured:
-        config = {"displaylogo": False, "responsive": True}
-        figure = forest.interactive_figure(effects.table).to_html(full_html=False, include_plotlyjs=False, config=config)
+    figure = forest.charts(effects.table) if effects.is_measured else ""
     names = ("effect", "95 % interval", "p", "Holm p", "90 % interval", "MDE, seeds", "MDE, images", "published", "seeds")
-    heads = '<th class="text">contrast</th><th class="text">outcome</th>' + "".join(f"<th>{name}</th>" for name in names)
+    heads = "".join(f'<th class="text">{name}</th>' for name in ("contrast", "outcome", "verdict"))
+    heads += "".join(f"<th>{name}</th>" for name in names)
     lines = []
     for row in effects.table.to_dict("records"):
         cells = ["-"] * len(names)
@@ -129,14 +114,14 @@ def _effects(effects: Effects) -> str:
             cells.append(format_interval(row["low_90"], row["high_90"], unit))
             cells += [format_effect(row[name], unit).lstrip("+") for name in ("mde_seeds", "mde_images")]
             cells += [format_effect(row["published"], unit), str(row["n_seeds"])]
-        head = f'<td class="text">{escape(row["factor"])}: {escape(row["contrast"])}</td><td class="text">{escape(row["outcome"])}</td>'
-        verdict = f'<td class="text">{escape(row["verdict"])}</td>'
+        head = f'<td class="wrap">{escape(row["factor"])}: {escape(row["contrast"])}</td><td class="text">{escape(row["outcome"])}</td>'
+        head += f'<td class="wrap verdict">{escape(row["verdict"])}</td>'
         primary = ' class="front"' if row["is_primary"] else ""
-        lines.append(f"<tr{primary}>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}{verdict}</tr>")
+        lines.append(f"<tr{primary}>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     reading = f"A red edge marks primary contrasts; {'; '.join(reading_notes(effects.table))}"
     notes = (effects.registration, reading, *published_sources(effects.table))
     note = "".join(f"<p>{escape(line)}.</p>" for line in notes)
-    table = f"<table><thead><tr>{heads}<th class=text>verdict</th></tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     return f'<h2>Effects: {escape(effects.phase)}</h2>{note}{_levels(effects)}{figure}<div class="scroll">{table}</div>'
 
 
@@ -185,21 +170,26 @@ def _family(results: StudyResults, phase: str) -> str:
     rows = family(results.phase(phase))
     if not len(rows):
         return ""
+    has_proxy = "proxy_digest" in rows
     names = results.metric_names(phase)
     errors = {stderr_name(name) for name in names}
     names = [name for name in names if name not in errors]
-    heads = "".join(f"<th{' class=text' if kind else ''}>{escape(name)}</th>" for name, kind in _family_columns(names))
+    columns = [
+        ("step", False),
+        ("network", True),
+        ("digest", True),
+        *([("scored", True)] if has_proxy else []),
+        *((name, False) for name in names),
+    ]
+    heads = "".join(f"<th{' class=text' if is_text else ''}>{escape(name)}</th>" for name, is_text in columns)
     lines = []
     for row in rows.to_dict("records"):
         cells = [_cell(row["family_step"]), f'<td class="text code">{escape(str(row["label"]))}</td>', _digest(row["digest"])]
-        cells.append(_digest(row.get("proxy_digest")))
+        if has_proxy:
+            cells.append(_digest(row["proxy_digest"]))
         lines.append(f"<tr>{''.join(cells)}{''.join(_cell(row[name]) for name in names)}</tr>")
-    note = "<p>Scores are those of the scored network (the narrow proxy), costs those of the reported one.</p>"
+    note = "<p>Scores are those of the scored network (the narrow proxy), costs those of the reported one.</p>" if has_proxy else ""
     return f'{note}<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def _family_columns(names: list[str]) -> list[tuple[str, bool]]:
-    return [("step", False), ("network", True), ("reported", True), ("scored", True), *((name, False) for name in names)]
 
 
 def _agreement(results: StudyResults, phase: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, chromium
 from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -71,6 +72,16 @@ def tiny_vit():
 def never_settled(monkeypatch: pytest.MonkeyPatch):
     """Files are told apart by their bytes however old they are, so that a slow test does not see them come of age."""
     monkeypatch.setattr("workers.file_hashes.SETTLED_S", float("inf"))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window; tests that need it skip themselves where it is not installed."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium here; apt-get install chromium")
+    pytest.importorskip("playwright", reason="playwright is not installed; it comes with vitscale[dev]")
+    with chromium() as one:
+        yield one
 
 
 def run_command(

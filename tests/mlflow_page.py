@@ -1,20 +1,20 @@
-"""MLflow's pages in a real browser: Debian's chromium, driven by playwright.
+"""MLflow's pages in a real browser.
 
 Run as `python tests/mlflow_page.py ADDRESS FILE.png`, it takes a picture of a view.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Page
+from browser import chromium, wait_until_drawn
 
-CHROMIUM = shutil.which("chromium")
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Frame, Page
+
 TIMEOUT_MS = 120_000
 """MLflow's page is 10 MB of scripts, and the machine may be busy."""
 
@@ -23,20 +23,31 @@ ALL_COLUMNS = {"width": 3200, "height": 800}
 
 
 @contextmanager
-def run_table(address: str) -> Iterator[Page]:
+def run_table(browser: Browser, address: str) -> Iterator[Page]:
     """The page at the address of a view, with the rows of its run table loaded and the view applied."""
-    from playwright.sync_api import sync_playwright
+    page = browser.new_page(viewport=ALL_COLUMNS)
+    page.set_default_timeout(TIMEOUT_MS)
+    page.goto(address)
+    page.locator(".ag-center-cols-container .ag-row").first.wait_for()
+    # MLflow shows columns of its own until it has applied the view; the last of ours is none of them.
+    page.locator('.ag-header-cell[col-id="tags.`label`"]').wait_for()
+    yield page
+    page.close()
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=["--no-sandbox"])
-        page = browser.new_page(viewport=ALL_COLUMNS)
-        page.set_default_timeout(TIMEOUT_MS)
-        page.goto(address)
-        page.locator(".ag-center-cols-container .ag-row").first.wait_for()
-        # MLflow shows columns of its own until it has applied the view; the last of ours is none of them.
-        page.locator('.ag-header-cell[col-id="tags.`label`"]').wait_for()
-        yield page
-        browser.close()
+
+@contextmanager
+def artifact(browser: Browser, address: str) -> Iterator[Frame]:
+    """The frame in which MLflow shows a page among the artifacts of a run, its charts drawn, in a window of 1280 x 800 pixels."""
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.set_default_timeout(TIMEOUT_MS)
+    page.goto(address)
+    element = page.locator("iframe.mlflow-html-iframe").element_handle()
+    frame = element.content_frame()
+    assert frame is not None
+    frame.locator("body > script").wait_for(state="attached")
+    wait_until_drawn(frame)
+    yield frame
+    page.close()
 
 
 def columns(page: Page) -> list[str]:
@@ -55,7 +66,7 @@ def cells(page: Page, column: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    with run_table(sys.argv[1]) as page:
+    with chromium() as browser, run_table(browser, sys.argv[1]) as page:
         page.get_by_role("button", name="Close").first.click()
         page.set_viewport_size({"width": 1500, "height": 620})
         page.wait_for_timeout(2000)

@@ -18,7 +18,8 @@ from results.effects.predictions import Cell, Predictions, read_predictions
 from results.effects.statistics import holm
 from results.effects.table import effects_table, levels_table
 from results.effects.text import effects_text, levels_text, published_sources, reading_notes
-from results.figures.forest import interactive_figure, write_html, write_png
+from results.figures.forest import panel_figures, write_html, write_png
+from results.figures.style import PAPER
 from results.records import Metric
 
 NUM_IMAGES = 200
@@ -403,15 +404,16 @@ def test_the_text_fits_a_terminal_and_names_the_trivial_accuracy(table: pd.DataF
 
 
 def test_the_forest_shows_every_effect_filled_where_it_is_shown(table: pd.DataFrame):
-    figure = interactive_figure(table)
-    drawn = [x for trace in figure.data if trace.name != "published effect" for x in trace.x]
-    filled = [color != "white" for trace in figure.data if trace.name != "published effect" for color in trace.marker.color]
-    expected = dict(zip(table["effect"], table["is_shown"], strict=True))
-    assert dict(zip(drawn, filled, strict=True)) == expected
+    panels = list(panel_figures(table))
+    assert [(outcome, better) for outcome, better, _ in panels] == [("top1_pct", "right is better"), ("nll", "left is better")]
+    assert [figure.layout.xaxis.title.text for *_, figure in panels] == ["effect (points)", "effect (nats)"]
+    traces = [trace for *_, figure in panels for trace in figure.data]
+    measured = [trace for trace in traces if trace.name != "published effect"]
+    filled = [color != PAPER for trace in measured for color in trace.marker.color]
+    drawn = [x for trace in measured for x in trace.x]
+    assert dict(zip(drawn, filled, strict=True)) == dict(zip(table["effect"], table["is_shown"], strict=True))
     assert set(filled) == {True, False}
-    assert [trace.x for trace in figure.data if trace.name == "published effect"] == [(4.0,)]
-    assert [note.text for note in figure.layout.annotations] == ["top1_pct: right is better", "nll: left is better"]
-    assert [axis.title.text for axis in (figure.layout.xaxis, figure.layout.xaxis2)] == ["effect (points)", "effect (nats)"]
+    assert [trace.x for trace in traces if trace.name == "published effect"] == [(4.0,)]
 
 
 def test_the_forest_is_a_readme_wide_png_and_a_page_that_loads_nothing(table: pd.DataFrame, tmp_path: Path):

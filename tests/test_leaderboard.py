@@ -20,6 +20,7 @@ from PIL import Image
 
 import results.page as page
 from results.attachments import attach_leaderboard
+from results.figures.leaderboard import charts, panels
 from results.leaderboard import main
 from results.mlflow_store import MlflowTracker, UnreadableStudy, mlflow_client
 from results.pareto import front_first_ranks, mean_ranks, pareto_front
@@ -225,6 +226,20 @@ def test_a_huge_table_is_cut_and_says_so(runs_dir, monkeypatch):
     monkeypatch.setattr(page, "MAX_ROWS", 5)
     text = page.render(load_report(RunPaths(runs_dir).mlflow_uri, "as_vit"))
     assert "the 5 best of 12; the CSV has all" in text
+
+
+def test_the_line_is_the_best_at_a_cost_only_where_networks_differ_in_cost(tmp_path: Path):
+    tracker = MlflowTracker(RunPaths(tmp_path).mlflow_uri, "s", invocation={}, objectives={"search": GOALS, "tune": GOALS[:1]})
+    for number in range(3):
+        tracker.record(record("search", number), measured(1.0 + number, 2.0))
+        tracker.record(record("tune", number), measured(1.0 + number, 2.0, gmacs=1.0))
+    search, tune = panels(load_report(RunPaths(tmp_path).mlflow_uri, "s").results)
+    assert [panel.cost for panel in search] == ["gmacs", "gmacs"]
+    assert [panel.cost for panel in tune] == ["trial"]
+    assert "best at this cost" in charts(search)
+    assert "best so far" not in charts(search)
+    assert "best so far" in charts(tune)
+    assert "best at this cost" not in charts(tune)
 
 
 @pytest.mark.parametrize("phase", ["growth", "grwth"])

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import is_wider_than_window, overlaps
 from conftest import run_here
-from mlflow_page import CHROMIUM, cells, columns, run_table
+from mlflow_page import artifact, cells, columns, run_table
 
 from results import browse
 from results.attachments import attach_leaderboard
@@ -61,6 +62,12 @@ def fill(uri: str, study: str) -> dict[str, str]:
     return tracker.view_addresses
 
 
+def parent_run(client, study: str):
+    """The only invocation of the study."""
+    (parent,) = search_runs(client, [client.get_experiment_by_name(study).experiment_id], "tags.kind = 'invocation'")
+    return parent
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPaths, dict[str, str]]:
     """A store with one study, and the addresses of its views."""
@@ -99,16 +106,16 @@ def wait_until_healthy(process: subprocess.Popen[bytes], uri: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; apt-get install chromium")
 @pytest.mark.parametrize("recorded", ["in a file", "through the server"])
-def test_a_browser_shows_a_phase_best_first_with_the_columns_that_count(store: tuple[RunPaths, dict[str, str]], server: str, recorded: str):
-    pytest.importorskip("playwright", reason="playwright is not installed; it comes with vitscale[dev]")
+def test_a_browser_shows_a_phase_best_first_with_the_columns_that_count(
+    browser, store: tuple[RunPaths, dict[str, str]], server: str, recorded: str
+):
     if recorded == "in a file":
         addresses = {title: address.replace("http://127.0.0.1:5000", server) for title, address in store[1].items()}
     else:
         addresses = fill(server, "served")
     topology, growth = addresses.values()
-    with run_table(topology) as page:
+    with run_table(browser, topology) as page:
         assert columns(page) == [
             "Run Name",
             "Created",
@@ -123,15 +130,26 @@ def test_a_browser_shows_a_phase_best_first_with_the_columns_that_count(store: t
         assert cells(page, "attributes.`Run Name`") == ["deep", "wide", "narrow", "broken"]
         assert cells(page, "metrics.`length_distortion`") == ["0.9", "0.5", "0.2", "-"]
         assert cells(page, "metrics.`params_m`") == ["3.5", "4.5", "2.5", "-"]
-    with run_table(growth) as page:
+    with run_table(browser, growth) as page:
         assert cells(page, "attributes.`Run Name`") == ["narrow grown", "deep grown", "wide grown"]
         assert cells(page, "metrics.`ntk_condition`") == ["9", "30", "100"]
 
 
+@pytest.mark.slow
+def test_mlflow_shows_the_page_of_a_study_in_its_frame_for_artifacts(browser, store: tuple[RunPaths, dict[str, str]], server: str):
+    client = mlflow_client(store[0].mlflow_uri)
+    parent = parent_run(client, "as_vit")
+    with artifact(
+        browser, f"{server}/#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}/artifacts/leaderboard.html"
+    ) as frame:
+        assert frame.locator("h1").inner_text() == "as_vit: leaderboard"
+        assert not is_wider_than_window(frame)
+        assert overlaps(frame) == []
+
+
 def test_the_parent_run_has_the_values_of_the_network_that_ranks_first(store: tuple[RunPaths, dict[str, str]]):
     paths, _ = store
-    client = mlflow_client(paths.mlflow_uri)
-    (parent,) = search_runs(client, [client.get_experiment_by_name("as_vit").experiment_id], "tags.kind = 'invocation'")
+    parent = parent_run(mlflow_client(paths.mlflow_uri), "as_vit")
     growth = {"ntk_condition": 9.0, "gmacs": 1.25, "params_m": 2.5}
     topology = {"length_distortion": 0.9, "ntk_condition": 30.0, "gmacs": 1.25, "params_m": 3.5}
     assert parent.data.metrics == {

@@ -25,6 +25,13 @@ def block_with(words: str) -> str:
     return block
 
 
+def test_links_lead_to_files():
+    targets = re.findall(r"\]\(([^)#]+)\)", (REPOSITORY / "README.md").read_text())
+    files = [target for target in targets if "://" not in target]
+    assert {"docs/speed.md", "docs/leaderboard.png", "CONTRIBUTING.md"} <= set(files)
+    assert [file for file in files if not (REPOSITORY / file).exists()] == []
+
+
 def test_the_optuna_example_goes_on_with_a_study_that_the_command_line_made(tmp_path: Path):
     flags = ["--trials", "2", "--img-size", "224", "--proxy-img-size", "64", "--max-params-m", "2.4"]
     made = run_command("as_vit", *flags, cwd=tmp_path)

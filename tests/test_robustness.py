@@ -210,8 +210,8 @@ def test_the_page_names_every_point_and_loads_nothing(tmp_path):
     }
     write_html(curves, tmp_path / "plot.html", title="Two & more", chance_pct=10)
     page = (tmp_path / "plot.html").read_text()
-    drawing = ElementTree.fromstring(page[page.index("<svg") : page.index("</body>")])
-    hover = [each.text for each in drawing.iter("{http://www.w3.org/2000/svg}title")]
+    body = ElementTree.fromstring(page[page.index("<body>") : page.index("</html>")])
+    hover = [each.text for each in body.iter("{http://www.w3.org/2000/svg}title")]
     assert len(hover) == 2 + 2 + 3
     assert hover[1] == "A <1>\nPatch drop, dropped cells (%): 50\naccuracy 45.00 ± 63.53 %, mean of 2 seeds"
     assert hover[-1] == "B\nPatch permutation, shuffled tiles: 16\naccuracy 30.00 %"

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import re
 import textwrap
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from results.figures.style import BEST, FRONT, GREY, GRID, INK, SOFT, STYLE
+from results.figures import web
+from results.figures.style import BEST, FRONT, GRID, INK, PAPER, SOFT, STYLE
 from results.formats import format_effect, format_interval, format_p
 
 if TYPE_CHECKING:
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
 
 MAX_COLUMNS = 3
 LABEL_WIDTH = 32
-ROW_PIXELS = 34
-GAP_PIXELS = 100
+PAGE_LABEL_WIDTH = 24
+"""Characters of a line of a label on a page, where a telephone leaves little room beside it."""
+
+ROW_PIXELS = 36
 NAMES = {"primary": "primary contrast", "other": "other contrast", "published": "published effect", "margin": "margin of no harm"}
 NOTE = "filled: the test rejects (Holm-corrected if not primary) and the interval excludes 0"
 
@@ -48,9 +52,8 @@ def _panels(table: pd.DataFrame) -> list[pd.DataFrame]:
     return [rows for _, rows in measured.groupby("outcome", sort=False)]
 
 
-def _heading(rows: pd.DataFrame) -> str:
-    first = rows.iloc[0]
-    return f"{first['outcome']}: {'right' if first['goal'] == 'maximize' else 'left'} is better"
+def _better(rows: pd.DataFrame) -> str:
+    return f"{'right' if rows['goal'].iloc[0] == 'maximize' else 'left'} is better"
 
 
 def _short(contrast: str) -> str:
@@ -114,7 +117,7 @@ def _draw(axis: Axes, rows: pd.DataFrame, places: dict[tuple[str, str], int]) ->
             y,
             marker=marker,
             markersize=size,
-            markerfacecolor=color if row["is_shown"] else "white",
+            markerfacecolor=color if row["is_shown"] else PAPER,
             markeredgecolor=color,
             markeredgewidth=1.5,
             linestyle="none",
@@ -132,134 +135,103 @@ def _draw(axis: Axes, rows: pd.DataFrame, places: dict[tuple[str, str], int]) ->
     axis.set_ylim(len(places) - 0.4, -0.6)
     axis.margins(x=0.06)
     axis.set_xlabel(_axis_title(rows))
-    axis.set_title(_heading(rows), fontsize=10.5, loc="left", color=SOFT)
+    axis.set_title(f"{rows['outcome'].iloc[0]}: {_better(rows)}", fontsize=10.5, loc="left", color=SOFT)
 
 
-def interactive_figure(table: pd.DataFrame) -> go.Figure:
-    """The panels; hovering tells an effect's numbers and its verdict."""
+def charts(table: pd.DataFrame) -> str:
+    """The panels as HTML; hovering tells an effect's numbers and its verdict. Raises ValueError when nothing has been measured."""
+    measured = table.loc[table["n_seeds"] > 0]
+    shown = [
+        ("diamond", FRONT, NAMES["primary"]),
+        *([("circle", INK, NAMES["other"])] if not measured["is_primary"].all() else []),
+        *([("bar", BEST, NAMES["published"])] if measured["published"].notna().any() else []),
+        *([("band", GRID, NAMES["margin"])] if measured["margin"].notna().any() else []),
+    ]
+    panels = [web.chart(figure, escape(outcome), better) for outcome, better, figure in panel_figures(table)]
+    return web.charts(panels, web.legend(shown) + f"<p>{NOTE}.</p>")
+
+
+def panel_figures(table: pd.DataFrame) -> Iterator[tuple[str, str, go.Figure]]:
+    """Each outcome, in which direction it gets better, and its interactive figure; raises ValueError when nothing has been measured."""
     import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
 
-    places, panels = _places(table), _panels(table)
-    num_columns = min(len(panels), MAX_COLUMNS)
-    num_rows = math.ceil(len(panels) / num_columns)
-    headings = [escape(_heading(rows)) for rows in panels]
-    panel_height = 60 + ROW_PIXELS * len(places)
-    figure: Any = make_subplots(
-        rows=num_rows,
-        cols=num_columns,
-        shared_yaxes=True,
-        subplot_titles=headings,
-        horizontal_spacing=0.03,
-        vertical_spacing=GAP_PIXELS / (num_rows * (panel_height + GAP_PIXELS)),
-    )
-    shown: set[str] = set()
-    for index, rows in enumerate(panels):
-        at = {"row": index // num_columns + 1, "col": index % num_columns + 1}
+    places = _places(table)
+    labels = [_page_label(factor, contrast) for factor, contrast in places]
+    for rows in _panels(table):
+        figure = go.Figure(layout=web.LAYOUT | {"height": 90 + ROW_PIXELS * len(places)})
         for kind, chosen in (("other", rows.loc[~rows["is_primary"]]), ("primary", rows.loc[rows["is_primary"]])):
-            if not len(chosen):
-                continue
-            color, symbol = (FRONT, "diamond") if kind == "primary" else (INK, "circle")
-            y = [places[key] for key in zip(chosen["factor"], chosen["contrast"], strict=True)]
-            published = chosen["published"].notna().to_numpy()
-            if published.any():
-                ticks = {"symbol": "line-ns", "size": 22, "line": {"color": BEST, "width": 4}}
-                figure.add_trace(
-                    go.Scatter(
-                        x=chosen.loc[published, "published"].tolist(),
-                        y=[place for place, is_known in zip(y, published, strict=True) if is_known],
-                        mode="markers",
-                        marker=ticks,
-                        name=NAMES["published"],
-                        legendgroup="published",
-                        showlegend="published" not in shown,
-                        text=[escape(source) for source in chosen.loc[published, "source"]],
-                        hovertemplate="published %{x:+}<br>%{text}<extra></extra>",
-                    ),
-                    **at,
-                )
-                shown.add("published")
-            fill = [color if is_shown else "white" for is_shown in chosen["is_shown"]]
-            figure.add_trace(
-                go.Scatter(
-                    x=chosen["effect"].tolist(),
-                    y=y,
-                    mode="markers",
-                    marker={"symbol": symbol, "size": 11, "color": fill, "line": {"color": color, "width": 2}},
-                    error_x={
-                        "type": "data",
-                        "array": (chosen["high"] - chosen["effect"]).tolist(),
-                        "arrayminus": (chosen["effect"] - chosen["low"]).tolist(),
-                        "color": color,
-                        "thickness": 2,
-                        "width": 0,
-                    },
-                    name=NAMES[kind],
-                    legendgroup=kind,
-                    showlegend=kind not in shown,
-                    text=_hover(chosen),
-                    hovertemplate="%{text}<extra></extra>",
-                ),
-                **at,
-            )
-            shown.add(kind)
+            if len(chosen):
+                figure.add_traces(_traces(chosen, kind, [places[key] for key in zip(chosen["factor"], chosen["contrast"], strict=True)]))
         # After the traces: plotly leaves lines out of a panel that is still empty.
         margin = rows["margin"].iloc[0]
         if margin == margin:
-            figure.add_vrect(-margin, margin, fillcolor=GRID, opacity=0.6, layer="below", line_width=0, **at)
-        figure.add_vline(0, line={"color": INK, "width": 1}, layer="below", **at)
-        axis_look = {"gridcolor": GRID, "zeroline": False, "linecolor": GREY, "ticks": "outside", "tickcolor": GREY}
-        figure.update_xaxes(title=_axis_title(rows), rangemode="tozero", **axis_look, **at)
-    labels = [
-        "<br>".join(escape(part) for part in textwrap.wrap(_short(contrast), LABEL_WIDTH)) if contrast else f"<b>{escape(factor)}</b>"
-        for factor, contrast in places
-    ]
-    figure.update_yaxes(
-        tickmode="array",
-        tickvals=list(places.values()),
-        ticktext=labels,
-        range=[len(places) - 0.4, -0.6],
-        showgrid=False,
-        zeroline=False,
-        automargin=True,
+            figure.add_vrect(-margin, margin, fillcolor=GRID, opacity=0.6, layer="below", line_width=0)
+        figure.add_vline(0, line={"color": INK, "width": 1}, layer="below")
+        figure.update_xaxes(title=_axis_title(rows), rangemode="tozero", nticks=6, **web.AXIS)
+        lines = {"tickvals": list(places.values()), "ticktext": labels, "range": [len(places) - 0.4, -0.6]}
+        figure.update_yaxes(**web.AXIS | {"showgrid": False, "ticks": ""}, **lines)
+        yield str(rows["outcome"].iloc[0]), _better(rows), figure
+
+
+def _page_label(factor: str, contrast: str) -> str:
+    lines = [escape(line) for line in textwrap.wrap(_short(contrast), PAGE_LABEL_WIDTH)]
+    return "<br>".join(lines) or f"<b>{escape(factor)}</b>"
+
+
+def _traces(rows: pd.DataFrame, kind: str, y: list[int]) -> list[go.Scatter]:
+    """The published effects, if any, then the measured ones; `y` is the line of each row."""
+    import plotly.graph_objects as go
+
+    color, symbol = (FRONT, "diamond") if kind == "primary" else (INK, "circle")
+    effects = go.Scatter(
+        x=rows["effect"].tolist(),
+        y=y,
+        mode="markers",
+        marker={
+            "symbol": symbol,
+            "size": 11,
+            "color": [color if is_shown else PAPER for is_shown in rows["is_shown"]],
+            "line": {"color": color, "width": 2},
+        },
+        error_x={
+            "type": "data",
+            "array": (rows["high"] - rows["effect"]).tolist(),
+            "arrayminus": (rows["effect"] - rows["low"]).tolist(),
+            "color": color,
+            "thickness": 2,
+            "width": 0,
+        },
+        name=NAMES[kind],
+        text=_hover(rows),
+        hovertemplate="%{text}<extra></extra>",
     )
-    figure.update_annotations(font={"size": 13, "color": SOFT})
-    figure.update_layout(
-        height=num_rows * (panel_height + GAP_PIXELS) + 40,
-        margin={"l": 20, "r": 20, "t": 80, "b": 60},
-        paper_bgcolor="white",
-        plot_bgcolor="white",
-        font={"family": "system-ui, sans-serif", "color": INK, "size": 13},
-        legend={"orientation": "h", "y": 1, "yanchor": "top", "yref": "container", "x": 0},
-        hoverlabel={"bgcolor": "white", "bordercolor": GREY, "font": {"family": "ui-monospace, monospace", "size": 12}},
+    is_published = rows["published"].notna().to_numpy()
+    if not is_published.any():
+        return [effects]
+    published = go.Scatter(
+        x=rows.loc[is_published, "published"].tolist(),
+        y=[place for place, is_known in zip(y, is_published, strict=True) if is_known],
+        mode="markers",
+        marker={"symbol": "line-ns", "size": 22, "line": {"color": BEST, "width": 4}},
+        name=NAMES["published"],
+        text=[web.hover_text("published", [source]) for source in rows.loc[is_published, "source"]],
+        hovertemplate="%{text}<br>%{x:+}<extra></extra>",
     )
-    return figure
+    return [published, effects]
 
 
 def _hover(rows: pd.DataFrame) -> list[str]:
     texts = []
     for row in rows.to_dict("records"):
         effect = format_effect(row["effect"], row["unit"])
-        lines = [f"<b>{escape(row['factor'])}: {escape(row['contrast'])}</b>"]
         interval = format_interval(row["low"], row["high"], row["unit"])
-        lines.append(f"{escape(row['outcome'])} {effect} {escape(row['unit'])} {interval}")
+        lines = [f"{row['outcome']} {effect} {row['unit']} {interval}"]
         lines.append(f"{format_p(row)}; {row['n_seeds']} seeds, {row['n_images']} images")
-        lines += [escape(line) for line in textwrap.wrap(row["verdict"], 70)]
-        texts.append("<br>".join(lines))
+        texts.append(web.hover_text(f"{row['factor']}: {row['contrast']}", [*lines, row["verdict"]]))
     return texts
 
 
 def write_html(table: pd.DataFrame, path: Path, title: str) -> None:
-    """A page that loads nothing from anywhere; some five megabytes, most of them plotly's script."""
-    from plotly.offline import get_plotlyjs
-
-    config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
-    figure = interactive_figure(table).to_html(full_html=False, include_plotlyjs=False, config=config)
-    style = f"body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; margin: 0 auto; padding: 32px 28px; max-width: 1280px; }}"
-    path.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>{style}</style>'
-        f"<script>{get_plotlyjs()}</script></head><body><h1>{escape(title)}</h1>"
-        f"<p>Effects with their intervals over seeds and test images; {NOTE}.</p>{figure}</body></html>\n",
-        encoding="utf-8",
-    )
+    """A page of its own; raises ValueError when nothing has been measured."""
+    note = "<p>Effects with their intervals over seeds and test images.</p>"
+    path.write_text(web.page(title, note + charts(table)), encoding="utf-8")

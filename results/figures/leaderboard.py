@@ -1,7 +1,8 @@
 """The figures of a study: each objective against what the network costs, with the fronts.
 
 PNG by matplotlib for papers and README, the same panels by plotly for the page. There are two fronts. The line is the best score of all
-networks with at most so many MACs; the filled points are the networks on the Pareto front of all objectives.
+networks with at most so many MACs; the filled points are the networks on the Pareto front of all objectives. Where networks differ in no
+cost, scores stand over the trials, and the line is the best so far.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from results.figures.style import BEST, FAMILY, FRONT, GREY, GRID, INK, LINE, SOFT, STYLE
+from results.figures import web
+from results.figures.style import BEST, FAMILY, FRONT, GREY, GRID, INK, LINE, PAPER, SOFT, STYLE
 from results.formats import count, format_value
 from results.pareto import pareto_front, to_minimize
 from results.records import Metric, stderr_name
@@ -28,11 +31,13 @@ if TYPE_CHECKING:
 
 MAX_PLOTTED = 5000
 MAX_HOVER_PARAMS = 16
+LOG_TICKS = (1.0, 2.0, 5.0)
 AXIS_TITLES = {
     "gmacs": "GMACs",
     "params_m": "parameters (millions)",
     "depth": "depth (blocks)",
-    "trial": "trial",
+    "val_top1_pct": "validation accuracy (%)",
+    "test_top1_pct": "test accuracy (%)",
     "length_distortion": "length distortion $L^E$",
     "ntk_condition": "NTK condition number $\\kappa$",
 }
@@ -40,7 +45,7 @@ AXIS_TITLES = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One objective of a phase over one cost, and the rows that have both."""
+    """One objective of a phase over one cost, or over "trial", and the rows that have both."""
 
     phase: str
     cost: str
@@ -50,6 +55,11 @@ class Panel:
     @property
     def better(self) -> str:
         return "higher is better" if self.metric.goal == "maximize" else "lower is better"
+
+    @property
+    def line(self) -> str:
+        """What the line along the best is called."""
+        return "best so far" if self.cost == "trial" else "best at this cost"
 
     @property
     def error(self) -> str | None:
@@ -67,12 +77,15 @@ class Panel:
 
 
 def panels(results: StudyResults) -> list[list[Panel]]:
-    """A row per phase: its first two objectives, or its only one over MACs and over parameters."""
+    """A row per phase: its first two objectives, or its only one over MACs and over parameters.
+
+    A number that is the same for all networks is no cost to draw them over.
+    """
     grid = []
     for phase in results.phases:
         rows = results.phase(phase)
         metrics = [metric for metric in results.objectives.get(phase, ()) if metric.name in rows]
-        costs = [name for name in ("gmacs", "params_m") if name in rows] or ["trial"]
+        costs = [name for name in ("gmacs", "params_m") if name in rows and len(set(rows[name].dropna())) > 1] or ["trial"]
         pairs = [(costs[0], metric) for metric in metrics[:2]]
         if len(metrics) == 1 and len(costs) > 1:
             pairs.append((costs[1], metrics[0]))
@@ -131,7 +144,7 @@ def _draw(axis: Axes, panel: Panel) -> None:
     axis.scatter(rows[x], rows[y], s=size, c=GREY, alpha=0.65, linewidths=0, label="measured")
     best_so_far = front[y].iloc[-1]
     right = rows[x].max()
-    axis.step([*front[x], right], [*front[y], best_so_far], where="post", color=LINE, linewidth=1.4, label="best at this cost", zorder=3)
+    axis.step([*front[x], right], [*front[y], best_so_far], where="post", color=LINE, linewidth=1.4, label=panel.line, zorder=3)
     members = rows.loc[rows["is_front"]]
     if panel.error and len(members) <= 60:
         axis.errorbar(members[x], members[y], yerr=members[panel.error], fmt="none", ecolor=FRONT, elinewidth=0.9, alpha=0.6, zorder=3)
@@ -156,95 +169,85 @@ def _log_axis(set_scale: Any, axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     set_scale("log")
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_locator(LogLocator(subs=LOG_TICKS))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def interactive_figure(row: Sequence[Panel]) -> go.Figure:
-    """The panels of one phase side by side; hovering names the network and its parameters."""
+def charts(row: Sequence[Panel]) -> str:
+    """The panels of one phase as HTML; hovering names the network and its parameters."""
+    shown = [
+        ("circle", GREY, "measured"),
+        *(("line", LINE, line) for line in dict.fromkeys(panel.line for panel in row)),
+        ("circle", FRONT, "Pareto front"),
+        *([("diamond", FAMILY, "family")] if any("family_step" in panel.rows for panel in row) else []),
+        ("star", BEST, "rank 1"),
+    ]
+    return web.charts((web.chart(panel_figure(panel), _html_title(panel.metric.name), panel.better) for panel in row), web.legend(shown))
+
+
+def panel_figure(panel: Panel) -> go.Figure:
+    """One panel, interactive."""
     import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
 
-    figure: Any = make_subplots(rows=1, cols=len(row), horizontal_spacing=0.09)
-    for column, panel in enumerate(row, start=1):
-        x, y, rows, front = panel.cost, panel.metric.name, panel.rows, panel.cost_front()
-        is_first = column == 1
+    x, y, rows, front = panel.cost, panel.metric.name, panel.rows, panel.cost_front()
 
-        def points(
-            shown: pd.DataFrame, title: str, mode: str = "markers", *, x=x, y=y, is_first=is_first, panel=panel, look: dict[str, Any]
-        ) -> Any:
-            return go.Scatter(
-                x=shown[x].tolist(),
-                y=shown[y].tolist(),
-                name=title,
-                legendgroup=title,
-                showlegend=is_first,
-                mode=mode,
-                text=_hover(shown, panel),
-                hovertemplate="%{text}<extra></extra>",
-                **look,
-            )
+    def points(shown: pd.DataFrame, title: str, mode: str = "markers", **look: Any) -> Any:
+        text = _hover(shown, panel)
+        places = {"x": shown[x].tolist(), "y": shown[y].tolist()}
+        return go.Scatter(**places, name=title, mode=mode, text=text, hovertemplate="%{text}<extra></extra>", **look)
 
-        members = rows.loc[rows["is_front"]]
-        bars = {"error_y": {"type": "data", "array": members[panel.error].tolist(), "thickness": 1, "width": 0}} if panel.error else {}
-        right = rows[x].max()
-        edge = {"color": "white", "width": 1}
-        traces = [
-            points(rows, "measured", look={"marker": {"color": GREY, "size": 7, "opacity": 0.65}}),
-            go.Scatter(
-                x=[*front[x], right],
-                y=[*front[y], front[y].iloc[-1]],
-                name="best at this cost",
-                legendgroup="best at this cost",
-                showlegend=is_first,
-                mode="lines",
-                line={"color": LINE, "width": 1.6, "shape": "hv"},
-                hoverinfo="skip",
-            ),
-            points(members, "Pareto front", look={"marker": {"color": FRONT, "size": 10, "line": edge}, **bars}),
-        ]
-        if "family_step" in rows:
-            family = rows.dropna(subset=["family_step"]).sort_values(by="family_step")
-            look = {"marker": {"color": FAMILY, "size": 9, "symbol": "diamond"}, "line": {"color": FAMILY, "width": 2}}
-            traces.append(points(family, "family", "lines+markers", look=look))
-        star = {"color": BEST, "size": 16, "symbol": "star", "line": {"color": INK, "width": 1}}
-        traces.append(points(rows.loc[rows["rank"] == 1], "rank 1", look={"marker": star}))
-        figure.add_traces(traces, rows=1, cols=column)
-        axis_look = {"gridcolor": GRID, "zeroline": False, "linecolor": GREY, "ticks": "outside", "tickcolor": GREY}
-        x_look = {"type": "log", "dtick": "D2"} if panel.is_log(x, 10) else {}
-        y_look = {"type": "log", "dtick": "D2"} if panel.is_log(y, 20) else {}
-        figure.update_xaxes(title=_plain_title(x), row=1, col=column, **axis_look, **x_look)
-        figure.update_yaxes(title=f"{_plain_title(y)} ({panel.better})", row=1, col=column, **axis_look, **y_look)
-    figure.update_layout(
-        height=460,
-        margin={"l": 70, "r": 20, "t": 40, "b": 60},
-        paper_bgcolor="white",
-        plot_bgcolor="white",
-        font={"family": "system-ui, sans-serif", "color": INK, "size": 13},
-        legend={"orientation": "h", "y": 1.12, "x": 0},
-        hoverlabel={"bgcolor": "white", "bordercolor": GREY, "font": {"family": "ui-monospace, monospace", "size": 12}},
+    members = rows.loc[rows["is_front"]]
+    bars: dict[str, Any] = (
+        {"error_y": {"type": "data", "array": members[panel.error].tolist(), "thickness": 1, "width": 0}} if panel.error else {}
     )
+    traces = [
+        points(rows, "measured", marker={"color": GREY, "size": 7, "opacity": 0.65}),
+        go.Scatter(
+            x=[*front[x], rows[x].max()],
+            y=[*front[y], front[y].iloc[-1]],
+            name=panel.line,
+            mode="lines",
+            line={"color": LINE, "width": 1.6, "shape": "hv"},
+            hoverinfo="skip",
+        ),
+        points(members, "Pareto front", marker={"color": FRONT, "size": 10, "line": {"color": PAPER, "width": 1}}, **bars),
+    ]
+    if "family_step" in rows:
+        family = rows.dropna(subset=["family_step"]).sort_values(by="family_step")
+        marker = {"color": FAMILY, "size": 9, "symbol": "diamond"}
+        traces.append(points(family, "family", "lines+markers", marker=marker, line={"color": FAMILY, "width": 2}))
+    star = {"color": BEST, "size": 16, "symbol": "star", "line": {"color": INK, "width": 1}}
+    traces.append(points(rows.loc[rows["rank"] == 1], "rank 1", marker=star))
+    figure = go.Figure(traces, layout=web.LAYOUT)
+    figure.update_xaxes(title=_html_title(x), **web.AXIS, **(_log_ticks(rows[x].to_numpy(dtype=float)) if panel.is_log(x, 10) else {}))
+    figure.update_yaxes(**web.AXIS, **(_log_ticks(rows[y].to_numpy(dtype=float)) if panel.is_log(y, 20) else {}))
     return figure
 
 
-def _hover(rows: pd.DataFrame, panel: Panel) -> list[str]:
-    from html import escape
+def _log_ticks(values: np.ndarray) -> dict[str, Any]:
+    """A logarithmic axis with full numbers at its ticks; plotly's own show 0.5 as a small 5."""
+    from matplotlib.ticker import LogLocator
 
+    ticks = list(LogLocator(subs=LOG_TICKS).tick_values(values.min(), values.max()))
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
+def _hover(rows: pd.DataFrame, panel: Panel) -> list[str]:
     texts = []
     for row in rows.to_dict("records"):
         score = format_value(row[panel.metric.name])
         if panel.error:
             score += f" ± {format_value(row[panel.error], digits=2)}"
         chosen = [f"{name} = {value}" for name, value in json.loads(row["params"]).items()]
-        lines = [f"<b>{escape(str(row['label']))}</b>", f"{row['digest']}  rank {row['rank']}, trial {row['trial']}"]
+        lines = [f"{row['digest']}  rank {row['rank']}, trial {row['trial']}"]
         lines += [f"{panel.metric.name} {score}", f"{panel.cost} {format_value(row[panel.cost])}"]
-        lines += [escape(", ".join(chosen[start : start + 4])) for start in range(0, min(len(chosen), MAX_HOVER_PARAMS), 4)]
+        lines.append(", ".join(chosen[:MAX_HOVER_PARAMS]))
         if len(chosen) > MAX_HOVER_PARAMS:
             lines.append(f"and {count(len(chosen) - MAX_HOVER_PARAMS, 'more parameter')}")
-        texts.append("<br>".join(lines))
+        texts.append(web.hover_text(str(row["label"]), lines))
     return texts
 
 
-def _plain_title(name: str) -> str:
-    return AXIS_TITLES.get(name, name).replace("$L^E$", "L<sup>E</sup>").replace("$\\kappa$", "κ")
+def _html_title(name: str) -> str:
+    return AXIS_TITLES.get(name, escape(name)).replace("$L^E$", "L<sup>E</sup>").replace("$\\kappa$", "κ")

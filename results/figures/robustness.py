@@ -1,4 +1,4 @@
-"""Accuracy of networks over the levels of a corruption, a panel for each corruption: PNG for papers, SVG in HTML for the browser.
+"""Accuracy of networks over the levels of a corruption, a panel for each corruption: PNG for papers, SVGs in HTML for the browser.
 
 `results/curves.py` says what a curve is.
 """
@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -15,7 +13,8 @@ from xml.etree import ElementTree
 import numpy as np
 
 from results.curves import Curve, Curves, area_pct, mean_and_half_width
-from results.figures.style import BEST, FAMILY, FRONT, GREY, GRID, INK, SOFT, STYLE
+from results.figures import web
+from results.figures.style import BEST, BLUE, BROWN, FAMILY, FRONT, GREY, GRID, INK, OLIVE, PAPER, SOFT, STYLE, VIOLET
 from results.records import write_bytes_atomically
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ PANELS = {
     "patch_drop": ("Patch drop", "dropped cells (%)"),
     "permutation": ("Patch permutation", "shuffled tiles"),
 }
-COLOURS = (FAMILY, FRONT, BEST, INK, "#7b5ea7", "#4a90c2", "#a0693a", "#7d9a3c")
+COLOURS = (FAMILY, FRONT, BEST, INK, VIOLET, BLUE, BROWN, OLIVE)
 MAX_AREAS = 6
 """Areas are written into the panels only for this many networks or fewer."""
 
@@ -45,50 +44,47 @@ def write_png(curves: Curves, path: Path, *, title: str, chance_pct: float) -> N
 
 
 def write_html(curves: Curves, path: Path, *, title: str, chance_pct: float) -> None:
-    """The same figure as a page that loads nothing; hovering over a point shows its network, level and accuracy."""
+    """The same panels as a page that loads nothing; hovering over a point shows its network, level and accuracy."""
     with _style():
-        figure = _figure(curves, title, chance_pct)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        panels = [web.drawing(_svg(curves, name, chance_pct), PANELS[name][0]) for name in _names(curves)]
+    shown = [("line" if _dashes(number) == "-" else "dashes", _colour(number), label) for number, label in enumerate(curves)]
+    legend = web.legend([*shown, ("dashes", GREY, "chance")])
+    write_bytes_atomically(path, web.page(title, web.charts(panels, legend)).encode())
+
+
+def _svg(curves: Curves, name: str, chance_pct: float) -> str:
+    """One panel, as wide as there is room, with a hover text for each point."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.9), layout="constrained")
+    axis = figure.subplots()
+    _draw_panel(axis, curves, name, chance_pct)
+    axis.set_ylabel("test accuracy (%)")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     drawing = ElementTree.fromstring(buffer.getvalue())
-    drawing.attrib |= {"width": "100%", "height": "auto"}
-    for name, label, curve in _each(curves):
-        points = drawing.iterfind(f".//*[@id='{_group(name, label)}']//{{{SVG}}}use")
-        for point, text in zip(points, _hover(name, label, curve), strict=True):
-            ElementTree.SubElement(point, f"{{{SVG}}}title").text = text
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><link rel="icon" href="data:,">'
-        "<style>body { margin: 0 auto; padding: 24px; max-width: 1280px; } use { cursor: crosshair; }</style></head>"
-        f"<body>{ElementTree.tostring(drawing, encoding='unicode')}</body></html>\n"
-    )
-    write_bytes_atomically(path, page.encode())
+    drawing.attrib["width"] = "100%"
+    del drawing.attrib["height"]  # it follows from the view box
+    for label, of_network in curves.items():
+        if name in of_network:
+            points = drawing.iterfind(f".//*[@id='{_group(name, label)}']//{{{SVG}}}use")
+            for point, text in zip(points, _hover(name, label, of_network[name]), strict=True):
+                ElementTree.SubElement(point, f"{{{SVG}}}title").text = text
+    return ElementTree.tostring(drawing, encoding="unicode")
 
 
 def _figure(curves: Curves, title: str, chance_pct: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [name for name in PANELS if any(name in of_network for of_network in curves.values())]
+    names = _names(curves)
     num_legend_rows = -(-(len(curves) + 1) // 4)
     figure = Figure(figsize=(11, 4.1 + 0.2 * num_legend_rows), dpi=164, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = dict(zip(names, figure.subplots(1, len(names), sharey=True, squeeze=False)[0], strict=True))
     for name, axis in axes.items():
-        heading, level_title = PANELS[name]
-        axis.set_axisbelow(True)
-        axis.grid(color=GRID, linewidth=0.8)
-        axis.axhline(chance_pct, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), label="chance")
-        axis.set_title(heading, fontsize=10.5, loc="left", color=SOFT)
-        axis.set_xlabel(level_title)
-        axis.set_ylim(0, 102)
-    for number, (label, of_network) in enumerate(curves.items()):
-        colour, dashes = COLOURS[number % len(COLOURS)], "-" if number < len(COLOURS) else "--"
-        for name, curve in of_network.items():
-            _draw(axes[name], name, label, curve, colour, dashes)
-            if len(curves) <= MAX_AREAS:
-                _write_area(axes[name], curve, colour, len(curves) - number)
+        axis.set_title(PANELS[name][0], fontsize=10.5, loc="left", color=SOFT)
+        _draw_panel(axis, curves, name, chance_pct)
     axes[names[0]].set_ylabel("test accuracy (%)")
     handles = {label: handle for axis in axes.values() for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     shown = [*curves, "chance"]
@@ -97,13 +93,39 @@ def _figure(curves: Curves, title: str, chance_pct: float) -> Figure:
     return figure
 
 
+def _names(curves: Curves) -> list[str]:
+    """The panels that some network has a curve for."""
+    return [name for name in PANELS if any(name in of_network for of_network in curves.values())]
+
+
+def _draw_panel(axis: Axes, curves: Curves, name: str, chance_pct: float) -> None:
+    axis.set_axisbelow(True)
+    axis.grid(color=GRID, linewidth=0.8)
+    axis.axhline(chance_pct, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), label="chance")
+    axis.set_xlabel(PANELS[name][1])
+    axis.set_ylim(0, 102)
+    for number, (label, of_network) in enumerate(curves.items()):
+        if name in of_network:
+            _draw(axis, name, label, of_network[name], _colour(number), _dashes(number))
+            if len(curves) <= MAX_AREAS:
+                _write_area(axis, of_network[name], _colour(number), len(curves) - number)
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _dashes(number: int) -> str:
+    return "-" if number < len(COLOURS) else "--"
+
+
 def _draw(axis: Axes, name: str, label: str, curve: Curve, colour: str, dashes: str) -> None:
     levels = curve[0]
     mean, half_width = mean_and_half_width(curve[1])
     if half_width is not None:
         axis.fill_between(levels, mean - half_width, mean + half_width, color=colour, alpha=0.15, linewidth=0)
     axis.plot(levels, mean, color=colour, linestyle=dashes, linewidth=1.8, label=label, zorder=3)
-    points = axis.scatter(levels, mean, s=30, c=colour, edgecolors="white", linewidths=0.7, zorder=4, clip_on=False)
+    points = axis.scatter(levels, mean, s=30, c=colour, edgecolors=PAPER, linewidths=0.7, zorder=4, clip_on=False)
     points.set_gid(_group(name, label))
     ticks = levels if name == "permutation" else np.arange(0, levels[-1] + 1, 10 if levels[-1] <= 60 else 20)
     axis.set_xticks(ticks, [_level_text(name, level) for level in ticks])
@@ -113,15 +135,10 @@ def _write_area(axis: Axes, curve: Curve, colour: str, line: int) -> None:
     # Curves start high and end low, so the lower left, above chance, is free for the text.
     mean, half_width = mean_and_half_width(area_pct(*curve)[:, None])
     text = f"area {mean[0]:.1f}" + ("" if half_width is None else f" ± {half_width[0]:.1f}")
-    white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
-    place = (0.05, 0.1 + 0.055 * line)
-    axis.text(*place, text, transform=axis.transAxes, color=colour, fontsize=9, fontweight="bold", bbox=white, zorder=5)
-
-
-def _each(curves: Curves) -> Iterator[tuple[str, str, Curve]]:
-    for label, of_network in curves.items():
-        for name, curve in of_network.items():
-            yield name, label, curve
+    x, y = 0.04, 0.1 + 0.055 * line
+    axis.plot(x, y, marker="s", markersize=5, color=colour, transform=axis.transAxes, zorder=6)
+    white = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
+    axis.text(x + 0.03, y, text, transform=axis.transAxes, fontsize=9, va="center", bbox=white, zorder=5)
 
 
 def _group(name: str, label: str) -> str:
