@@ -12,8 +12,8 @@ from typing import Any, get_type_hints
 from results.paths import default_runs
 from search.budget import Budget
 from search.study import DEFAULT_DATA, RunSettings, studies
-from space.recipe import Recipe
-from space.registry import SpecError, unknown_name
+from space.recipe import Recipe, parse_recipe_fields
+from space.registry import SpecError
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -139,28 +139,7 @@ def parse_recipe(text: str, seed: int) -> Recipe | None:
     """The recipe in `field=value,...`, trained under `seed`; None for an empty text. Grids are separated by `/`."""
     if not text:
         return None
-    hints = get_type_hints(Recipe)
-    values: dict[str, Any] = {"seed": seed}
-    for assignment in text.split(","):
-        name, equals, value = assignment.strip().partition("=")
-        if not equals or name not in hints:
-            raise unknown_name("field", name, hints, "--recipe") if equals else SpecError(f"--recipe {text!r}: FIELD=VALUE,... is expected")
-        values[name] = _recipe_value(name, value, hints[name])
-    return Recipe.from_json(values)
-
-
-def _recipe_value(name: str, text: str, hint: Any) -> Any:
-    if hint is bool:
-        allowed = {"true": True, "false": False}
-        if text.lower() not in allowed:
-            raise SpecError(f"--recipe: {name} is {text!r}; allowed: true, false")
-        return allowed[text.lower()]
-    try:
-        if hint in (int, float):
-            return hint(text)
-        return tuple(int(grid) for grid in text.split("/")) if name == "mixing_grids" else text
-    except ValueError as error:
-        raise SpecError(f"--recipe: {name} is {text!r}; a number is expected") from error
+    return Recipe.from_json({"seed": seed, **parse_recipe_fields(text, "--recipe")})
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

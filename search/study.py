@@ -153,7 +153,7 @@ class Phase:
     @cached_property
     def example(self) -> Candidate:
         """The candidate at the first point of the space."""
-        return self.space.decode(next(self.space.points()))
+        return self.space.decode(self.space.first_point())
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
