@@ -180,9 +180,9 @@ def _free_evaluator(metric: str, where: str) -> Evaluator:
     )
 
 
-def random_point(space: SearchSpace, generator: random.Random) -> dict[str, Scalar]:
-    """A point of the space, every active axis drawn uniformly."""
-    return _completed(space, {}, generator)
+def random_point(space: SearchSpace, generator: random.Random, fixed: Point | None = None) -> dict[str, Scalar]:
+    """A point of the space, every active axis drawn uniformly but those that `fixed` holds."""
+    return _completed(space, fixed or {}, generator)
 
 
 def climb(space: SearchSpace, start: Point, budget: Budget, generator: random.Random, fixed: Collection[str] = ()) -> tuple[Point, float]:

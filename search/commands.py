@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -89,7 +90,8 @@ def describe(argv: list[str]) -> int:
     for text in args.set:
         target, changed = edit_from_text(require_arch(spec, f"--set {text}"), text, "--set")
         unchanged = ", which was so before" if changed == as_arch(spec) else ""
-        edits.append(f"--set {text}: {target.partition('.')[0]} {places(changed, target)}{unchanged}")
+        told = f"--set {text}: {target.partition('.')[0]} {places(changed, target)}{unchanged}"
+        edits += textwrap.wrap(told, 80, subsequent_indent="  ", break_on_hyphens=False)
         spec = changed
     total, parts = cost(spec), {path: counted._asdict() for path, counted in cost_by_part(spec).items()}
     written = {"digest": spec.digest, **total._asdict(), "parts": parts, "spec": spec.to_json()}
@@ -130,7 +132,7 @@ def evaluate_model(argv: list[str]) -> int:
     from workers.resources import resources_of
 
     settings = run_settings("evaluate", args)
-    calls = tuple(settings.call(name.strip()) for name in args.evaluators.split(","))
+    calls = settings.calls()
     _refuse_settings_of_others(settings, [call.name for call in calls])
     if args.gpus > 0:
         import torch

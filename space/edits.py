@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from space.component import KINDS, REQUIRED, Choice, Scalar, declaration
 from space.registry import SpecError, unknown_name
-from space.spec import ArchSpec, Component, full_choices
+from space.spec import ArchSpec, Component
 from space.values import parse_value, value_text
 
 BLOCK_KINDS = ("mixer", "feed_forward", "token_reduction")

@@ -135,7 +135,7 @@ def explain(text: str) -> list[str]:
     return [
         *lines,
         f"H = {network.num_heads} heads in the last stage, half as many in each one before;",
-        f"C = {network.embed_dim} channels in the first stage, twice as many in each one after, up to {MAX_EMBED_DIM}.",
+        f"C = {network.embed_dim} channels in the first stage, doubled in each one after, up to {MAX_EMBED_DIM}.",
     ]
 
 
