@@ -127,6 +127,7 @@ def evaluate_model(argv: list[str]) -> int:
     add_measuring_flags(parser)
     args = parser.parse_args(argv)
     from results.records import Failure
+    from search.description import call_in_words
     from space.search_space import Candidate
     from workers.evaluate import Job, evaluate
     from workers.resources import resources_of
@@ -175,13 +176,17 @@ def evaluate_model(argv: list[str]) -> int:
         "device": outcome.device,
         "versions": dict(outcome.versions),
         "seed": outcome.seed,
+        "num_threads": outcome.num_threads,
+        "evaluators": {call.name: call.to_json()["settings"] for call in calls},
     }
     if args.json:
         print(json.dumps(result))
     else:
-        print(f"digest {spec.digest}   {outcome.device}, seed {outcome.seed}, {outcome.elapsed_s:.1f} s")
-        for name, value in outcome.values.items():
-            print(f"  {name:32} {value:.6g}")
+        threads = "1 thread" if outcome.num_threads == 1 else f"{outcome.num_threads} threads"
+        print(f"digest {spec.digest}   {outcome.device}, {threads}, seed {outcome.seed}, {outcome.elapsed_s:.1f} s")
+        for call in calls:
+            for line in call_in_words(call, outcome.values):
+                print(line)
     return 0
 
 

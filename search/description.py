@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 
 from results.formats import shortened
@@ -12,7 +13,10 @@ from space.cost import cost, cost_by_part
 from space.edits import part_text
 from space.model import Model, as_arch, depth_of
 from space.spec import ArchSpec, BlockSpec
+from space.values import value_text
+from workers.evaluator import Call
 
+WIDTH = 80
 NAME_WIDTH = 28
 COUNT_WIDTHS = (15, 18, 19)
 BLOCK = re.compile(r"(?P<row>.*\bblocks)\.(?P<number>\d+)\.(?P<part>.+)")
@@ -26,6 +30,16 @@ def description(model: Model) -> list[str]:
         *count_table(cost_by_part(model), cost(model)),
         f"digest {model.digest}   {model.img_size} px, depth {depth_of(model)}, {model.num_classes} classes",
     ]
+
+
+def call_in_words(call: Call, values: Mapping[str, float]) -> list[str]:
+    """What an evaluator measured, a line for each metric, below the settings it measured under."""
+    settings = [f"{name} {value_text(value)}" for name, value in call.to_json()["settings"].items()]
+    lines = textwrap.wrap(": ".join([call.name, *filter(None, [", ".join(settings)])]), WIDTH, subsequent_indent="  ")
+    for metric in call.evaluator.metrics:
+        line = f"  {metric.name:26}{values[metric.name]:<12.6g}{metric.summary}"
+        lines += textwrap.wrap(line, WIDTH, subsequent_indent=" " * 40, break_on_hyphens=False)
+    return lines
 
 
 def made_of(spec: ArchSpec) -> list[str]:
