@@ -145,7 +145,7 @@ def test_a_methods_string_is_said_in_words(tmp_path: Path):
     assert "K,S,E,L of each stage, then H,C" in shown
     rows = [line.split() for line in shown.splitlines() if line[:1] in "1234" and "stride" in line]
     assert [row[0] for row in rows] == ["1", "2", "3", "4"]
-    assert rows[0] == "1 8 x 8 pixels, stride 4 2 x 2 3 x width 5 180 4".split()
+    assert " ".join(rows[0]) == "1 8 x 8 pixels, stride 4 2 x 2 3 x width 5 180 4"
     assert "H = 32 heads in the last stage" in shown
     assert catalog.explanation("deit_tiny") == catalog.explanation("timm:resnet18") == ()
 
