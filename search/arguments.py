@@ -66,9 +66,9 @@ def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Name
     parser.add_argument("--min", action="append", default=[], metavar="METRIC=VALUE", help=f"budget: lower bound {bound}")
     parser.add_argument("--max-params-m", type=positive_float, metavar="M", help="the same as --max params_m=M, in millions")
     parser.add_argument("--max-gmacs", type=positive_float, metavar="G", help="the same as --max gmacs=G, in billions of multiply-adds")
-    parser.add_argument("--strategy", metavar="NAME", help="what proposes trials; see search/run.py list")
+    parser.add_argument("--strategy", metavar="NAME", help="what proposes trials; see search/run.py list; compose also takes grid, halving")
     parser.add_argument(
-        "--evaluators", metavar="A,B", help="further evaluators, recorded beside the study's own; of compose: all there are"
+        "--evaluators", metavar="A,B", help="further evaluators, recorded beside the study's own; all of compose's own, if not train"
     )
     parser.add_argument(
         "--objectives", metavar="A,B", help="metrics that decide what is tried next and the rank, in place of the study's own"
