@@ -68,7 +68,7 @@ def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Name
     parser.add_argument("--max-gmacs", type=positive_float, metavar="G", help="the same as --max gmacs=G, in billions of multiply-adds")
     parser.add_argument("--strategy", metavar="NAME", help="what proposes trials; see search/run.py list; compose also takes grid, halving")
     parser.add_argument(
-        "--evaluators", metavar="A,B", help="further evaluators, recorded beside the study's own; all of compose's own, if not train"
+        "--evaluators", metavar="A,B", help="measured beside the study's own evaluators; compose measures these alone, else train"
     )
     parser.add_argument(
         "--objectives", metavar="A,B", help="metrics that decide what is tried next and the rank, in place of the study's own"
@@ -131,7 +131,8 @@ def _add_options(parser: argparse.ArgumentParser, options: type) -> None:
     for field in dataclasses.fields(options):
         default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
         shown = f" (default: {default})" if default not in ("", False) else ""
-        kind = kinds.get(hints[field.name], {"metavar": "NAME"} if hints[field.name] is str else {"action": "append", "metavar": "NAME"})
+        name = {"metavar": field.metadata.get("metavar", "NAME")}
+        kind = kinds.get(hints[field.name], name if hints[field.name] is str else {"action": "append", **name})
         text = field.metadata.get("help", "") + shown
         group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
 

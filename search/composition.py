@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from search.budget import random_point
 from space.component import KINDS, Scalar, declaration
@@ -123,7 +123,10 @@ def _axis(
     if head == RECIPE:
         if recipe is None:
             raise SpecError(f"{where}: {', '.join(call.name for call in calls)} trains nothing; --evaluators train,... does")
-        axis = Axis(name=target, choices=parse_choices(text, recipe_field_type(name, where), where))
+        hint = recipe_field_type(name, where)
+        if get_origin(hint) is tuple:
+            raise SpecError(f"{where}: {name} is a list itself and no axis; --recipe {name}=... gives all candidates the same")
+        axis = Axis(name=target, choices=parse_choices(text, hint, where))
         _try(axis, lambda value: recipe({name: value}))
         return axis
     call = next(call for call in calls if call.name == head)

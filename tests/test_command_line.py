@@ -29,7 +29,8 @@ def test_list_names_what_there_is_without_importing_the_heavy_libraries(tmp_path
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["as_vit", "--help"], ["ablations", "--help"], ["describe", "--help"], ["evaluate", "--help"]]
+    "arguments",
+    [["--help"], ["as_vit", "--help"], ["ablations", "--help"], ["compose", "--help"], ["describe", "--help"], ["evaluate", "--help"]],
 )
 def test_help_is_there_and_imports_nothing_heavy(tmp_path: Path, arguments: list[str]):
     shown = run_command(*arguments, cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
@@ -149,6 +150,7 @@ def test_a_study_explains_its_own_flags(tmp_path: Path):
     assert "paired trainings of each level" in shown
     assert "(default: 3)" in shown
     assert "--factor" not in run_command("smoke", "--help", cwd=tmp_path).stdout
+    assert "--axis TARGET=CHOICES" in run_command("compose", "--help", cwd=tmp_path).stdout
 
 
 def test_options_become_the_fields_of_the_studys_own_class():

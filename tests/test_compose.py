@@ -11,6 +11,7 @@ import optuna
 import pytest
 from conftest import run_here
 
+import search
 from search.budget import Budget, climb, random_point
 from search.composition import composed_space, needed_choices
 from search.run import main
@@ -128,6 +129,10 @@ MISTAKES = {
     "choice of none": (["--axis", "token_reduction.rate=2"], "of token_reduction none; known: (none)"),
     "unknown field": (["--axis", "recipe.lrr=1,2"], "did you mean 'lr'"),
     "field not allowed": (["--axis", "recipe.lr=0,1"], "--axis recipe.lr: recipe: lr is 0.0; allowed: numbers above 0"),
+    "field that is a list": (
+        ["--axis", "recipe.mixing_grids=4,8"],
+        "--axis recipe.mixing_grids: mixing_grids is a list itself and no axis",
+    ),
     "mixing unknown": (["--axis", "recipe.mixing=none,cutmux"], "--axis recipe.mixing: cutmux fits no candidate: unknown mixing 'cutmux'"),
     "setting not allowed": (
         ["--evaluators", "profile", "--axis", "profile.batch_size=0,1"],
@@ -202,6 +207,19 @@ def test_objectives_have_the_goals_that_their_metrics_declare():
 def test_a_grid_leaves_out_what_is_outside_the_budget():
     (phase,) = made({"budget": Budget(at_most={"depth": 3}), "evaluators": "cost"}, axis=("depth=2..5",)).phases
     assert phase.plan == "every point of the grid (2 of 4; the others cannot be built or are outside --max depth=3), measured once"
+
+
+def test_a_grid_leaves_out_what_cannot_be_built():
+    (phase,) = made({"evaluators": "cost"}, axis=("prefix=class_token,none", "pooling=mean,class_token")).phases
+    assert phase.plan == "every point of the grid (3 of 4; the others cannot be built), measured once"
+
+
+def test_the_study_is_taken_over_with_optuna(tmp_path: Path):
+    settings = {"runs": str(tmp_path / "runs"), "axis": ("depth=1..40",), "evaluators": ("cost",), "objectives": ("params_m",)}
+    study = search.open_study("compose/search", **settings)
+    study.optimize(search.objective("compose/search", **settings), n_trials=2)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
+    assert study.trials[0].value == study.trials[0].user_attrs["result"]["params_m"]
 
 
 def test_halving_trains_points_to_rungs_beside_their_other_settings():

@@ -25,7 +25,7 @@ from search.studies.tune import EPOCHS_AXIS, REDUCTION, halving_plan, rungs_of, 
 from search.study import Options, Phase, RunSettings, SettingsError, Study, study
 from space import catalog
 from space.model import resized
-from space.recipe import parse_recipe_fields
+from space.recipe import Recipe, parse_recipe_fields
 from space.registry import SpecError, unknown_name
 from space.search_space import Axis, Candidate, SearchSpace
 
@@ -56,11 +56,15 @@ class ComposeOptions(Options):
     axis: tuple[str, ...] = field(
         default=(),
         metadata={
-            "help": "TARGET=CHOICES, repeatable: KIND=NAME[,CHOICE=VALUE...],NAME,... or KIND.CHOICE, embed_dim, depth, recipe.FIELD, "
-            "EVALUATOR.SETTING = A,B,C or A..B or A..B:log"
+            "metavar": "TARGET=CHOICES",
+            "help": "one axis, repeatable: pooling=mean,gem; feed_forward=mlp,hidden_dim=96,squeeze; feed_forward.ratio=2,4; depth=2..6; "
+            "embed_dim=48,96; recipe.lr=1e-4..1e-2:log; profile.batch_size=1,8",
         },
     )
-    recipe: str = field(default="", metadata={"help": "FIELD=VALUE,... of every training; default: that of the ablations' reference"})
+    recipe: str = field(
+        default="",
+        metadata={"metavar": "FIELD=VALUE,...", "help": "of every training; default: the recipe of the ablations' reference"},
+    )
 
 
 @study("compose", options=ComposeOptions)
@@ -100,7 +104,7 @@ def _recipes(run: RunSettings, text: str, reference: Candidate, calls: tuple[Cal
     base = reference.recipe
     assert base is not None
 
-    def recipe(fields: Mapping[str, Any]):
+    def recipe(fields: Mapping[str, Any]) -> Recipe:
         said = {"seed": run.seed, **given, **fields}
         shares = {name: getattr(base, name) / getattr(base, leader) for name, leader in FOLLOWERS.items()}
         follows = {name: shares[name] * said[leader] for name, leader in FOLLOWERS.items() if leader in said}
@@ -133,7 +137,8 @@ def _grid(run: RunSettings, space: SearchSpace, common: Mapping[str, Any]) -> Ph
             f"--strategy {GRID}: the axes have {points}, and at most {MOST_POINTS:,} are measured; --strategy random draws some"
         )
     points = [point for point in space.points() if _is_within(run.budget, space, point)]
-    left_out = f" of {space.size}; the others cannot be built or are outside {run.budget}" if len(points) < space.size else ""
+    reasons = "cannot be built" if run.budget.is_empty else f"cannot be built or are outside {run.budget}"
+    left_out = f" of {space.size}; the others {reasons}" if len(points) < space.size else ""
 
     def propose(phases: Mapping[str, Any]):
         from search.strategies.grid import Grid
