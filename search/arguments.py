@@ -12,8 +12,8 @@ from typing import Any, get_type_hints
 from results.paths import default_runs
 from search.budget import Budget
 from search.study import DEFAULT_DATA, RunSettings, studies
-from space.recipe import Recipe
-from space.registry import SpecError, unknown_name
+from space.recipe import Recipe, parse_recipe_fields
+from space.registry import SpecError
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -66,7 +66,13 @@ def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Name
     parser.add_argument("--min", action="append", default=[], metavar="METRIC=VALUE", help=f"budget: lower bound {bound}")
     parser.add_argument("--max-params-m", type=positive_float, metavar="M", help="the same as --max params_m=M, in millions")
     parser.add_argument("--max-gmacs", type=positive_float, metavar="G", help="the same as --max gmacs=G, in billions of multiply-adds")
-    parser.add_argument("--strategy", metavar="NAME", help="what proposes trials; see search/run.py list")
+    parser.add_argument("--strategy", metavar="NAME", help="what proposes trials; see search/run.py list; compose also takes grid, halving")
+    parser.add_argument(
+        "--evaluators", metavar="A,B", help="measured beside the study's own evaluators; compose measures these alone, else train"
+    )
+    parser.add_argument(
+        "--objectives", metavar="A,B", help="metrics that decide what is tried next and the rank, in place of the study's own"
+    )
     add_measuring_flags(parser)
     parser.add_argument("--time-limit-s", type=positive_float, metavar="S", help="a trial that takes longer is cancelled and failed")
     parser.add_argument("--workers", type=positive_int, metavar="N", help="most trials in flight; default: what the cluster holds")
@@ -125,7 +131,8 @@ def _add_options(parser: argparse.ArgumentParser, options: type) -> None:
     for field in dataclasses.fields(options):
         default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
         shown = f" (default: {default})" if default not in ("", False) else ""
-        kind = kinds.get(hints[field.name], {"metavar": "NAME"} if hints[field.name] is str else {"action": "append", "metavar": "NAME"})
+        name = {"metavar": field.metadata.get("metavar", "NAME")}
+        kind = kinds.get(hints[field.name], name if hints[field.name] is str else {"action": "append", **name})
         text = field.metadata.get("help", "") + shown
         group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
 
@@ -139,28 +146,7 @@ def parse_recipe(text: str, seed: int) -> Recipe | None:
     """The recipe in `field=value,...`, trained under `seed`; None for an empty text. Grids are separated by `/`."""
     if not text:
         return None
-    hints = get_type_hints(Recipe)
-    values: dict[str, Any] = {"seed": seed}
-    for assignment in text.split(","):
-        name, equals, value = assignment.strip().partition("=")
-        if not equals or name not in hints:
-            raise unknown_name("field", name, hints, "--recipe") if equals else SpecError(f"--recipe {text!r}: FIELD=VALUE,... is expected")
-        values[name] = _recipe_value(name, value, hints[name])
-    return Recipe.from_json(values)
-
-
-def _recipe_value(name: str, text: str, hint: Any) -> Any:
-    if hint is bool:
-        allowed = {"true": True, "false": False}
-        if text.lower() not in allowed:
-            raise SpecError(f"--recipe: {name} is {text!r}; allowed: true, false")
-        return allowed[text.lower()]
-    try:
-        if hint in (int, float):
-            return hint(text)
-        return tuple(int(grid) for grid in text.split("/")) if name == "mixing_grids" else text
-    except ValueError as error:
-        raise SpecError(f"--recipe: {name} is {text!r}; a number is expected") from error
+    return Recipe.from_json({"seed": seed, **parse_recipe_fields(text, "--recipe")})
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

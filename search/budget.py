@@ -12,7 +12,8 @@ from typing import Any
 
 from space.component import Scalar
 from space.registry import SpecError, unknown_name
-from space.search_space import Candidate, SearchSpace
+from space.search_space import Axis, Candidate, SearchSpace
+from space.values import Choices, Interval
 from workers.evaluator import Context, Evaluator, evaluators
 
 MAX_ENUMERATED = 200_000
@@ -101,7 +102,7 @@ class Budget:
         if self.is_empty:
             return
         is_small = space.size <= MAX_ENUMERATED
-        nearest, least = next(space.points()), math.inf
+        nearest, least = space.first_point(), math.inf
         climbed = sorted(self._climbed(space), key=lambda found: found[1])
         if climbed[0][1] == 0:
             return
@@ -124,7 +125,7 @@ class Budget:
         generator = random.Random(0)
         found = []
         for number in range(NUM_STARTS):
-            start = random_point(space, generator) if number else next(space.points())
+            start = random_point(space, generator) if number else space.first_point()
             found.append(climb(space, start, self, generator))
             yield found[-1]
             if found[-1][1] == 0:
@@ -179,9 +180,9 @@ def _free_evaluator(metric: str, where: str) -> Evaluator:
     )
 
 
-def random_point(space: SearchSpace, generator: random.Random) -> dict[str, Scalar]:
-    """A point of the space, every active axis drawn uniformly."""
-    return _completed(space, {}, generator)
+def random_point(space: SearchSpace, generator: random.Random, fixed: Point | None = None) -> dict[str, Scalar]:
+    """A point of the space, every active axis drawn uniformly but those that `fixed` holds."""
+    return _completed(space, fixed or {}, generator)
 
 
 def climb(space: SearchSpace, start: Point, budget: Budget, generator: random.Random, fixed: Collection[str] = ()) -> tuple[Point, float]:
@@ -216,8 +217,10 @@ def _moved_in_two_axes(space: SearchSpace, point: Point, generator: random.Rando
             yield _completed(space, {**point, one.name: values[0], other.name: values[1]}, generator)
 
 
-def _near(choices: tuple[Scalar, ...] | range, value: Any) -> list[Scalar]:
-    """The other choices; of a range those at distances 1, 2, 4, ..., for it may be long."""
+def _near(choices: Choices, value: Any) -> list[Scalar]:
+    """The other choices; of a range those at distances 1, 2, 4, ..., for it may be long. None of an interval: no cost depends on one."""
+    if isinstance(choices, Interval):
+        return []
     if isinstance(choices, tuple):
         return [choice for choice in choices if choice != value]
     here = choices.index(value)
@@ -230,5 +233,9 @@ def _completed(space: SearchSpace, wanted: Point, generator: random.Random) -> d
     point: dict[str, Scalar] = {}
     for axis in space.axes:
         if axis.is_active(point):
-            point[axis.name] = wanted[axis.name] if axis.name in wanted else generator.choice(axis.choices)
+            point[axis.name] = wanted[axis.name] if axis.name in wanted else _drawn(axis, generator)
     return point
+
+
+def _drawn(axis: Axis, generator: random.Random) -> Scalar:
+    return axis.at(generator.random()) if isinstance(axis.choices, Interval) else generator.choice(axis.choices)

@@ -9,10 +9,12 @@ import re
 import shlex
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from results.paths import RunPaths, place_flags, without_password
+from results.records import write_json_atomically
 from results.waiting import AT_ONCE_S, waiting
 from search.arguments import (
     add_measuring_flags,
@@ -29,6 +31,8 @@ from search.interruption import Interruption
 from search.study import RunSettings, studies
 from space import catalog
 from space.component import KINDS, components
+from space.edits import FIELDS, edit_from_text, places
+from space.model import as_arch, require_arch
 from space.registry import SpecError, unknown_name
 
 if TYPE_CHECKING:
@@ -63,23 +67,54 @@ def list_all(argv: list[str]) -> int:
 
 @waiting("importing torch and counting", first_s=AT_ONCE_S)
 def describe(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="search/run.py describe", description="Exact counts of one model, for one image.")
+    targets = ", ".join([*KINDS, *FIELDS])
+    parser = argparse.ArgumentParser(
+        prog="search/run.py describe",
+        description="What a model is made of, and its exact counts for one image.",
+        epilog=f"--set changes, in the order of the flags: {targets}. A component of the blocks is changed in all blocks of all stages.",
+    )
     add_model(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TARGET=VALUE",
+        help="change the model: pooling=gem, feed_forward=mlp,hidden_dim=512, feed_forward.hidden_dim=512, prefix=none, depth=8",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object to FILE, which is then a MODEL for every command")
     args = parser.parse_args(argv)
+    from search.description import description
     from space.cost import cost, cost_by_part
-    from space.model import depth_of
 
     spec = resolve_model(args.model, args)
+    explained, edits = catalog.explanation(args.model), []
+    for text in args.set:
+        target, changed = edit_from_text(require_arch(spec, f"--set {text}"), text, "--set")
+        unchanged = ", which was so before" if changed == as_arch(spec) else ""
+        told = f"--set {text}: {target.partition('.')[0]} {places(changed, target)}{unchanged}"
+        edits += textwrap.wrap(told, 80, subsequent_indent="  ", break_on_hyphens=False)
+        spec = changed
     total, parts = cost(spec), {path: counted._asdict() for path, counted in cost_by_part(spec).items()}
+    written = {"digest": spec.digest, **total._asdict(), "parts": parts, "spec": spec.to_json()}
     if args.json:
-        print(json.dumps({"digest": spec.digest, **total._asdict(), "parts": parts, "spec": spec.to_json()}))
-        return 0
-    print(f"digest {spec.digest}   {spec.img_size} px, depth {depth_of(spec)}, {spec.num_classes} classes")
-    print(f"{'part':40} {'params':>14} {'macs':>18} {'fvcore_macs':>18}")
-    for path, counted in {**parts, "total": total._asdict()}.items():
-        print(f"{path:40} {counted['params']:>14,} {counted['macs']:>18,} {counted['fvcore_macs']:>18,}")
+        print(json.dumps(written))
+    else:
+        for lines in (explained, edits):
+            if lines:
+                print("\n".join(lines) + "\n")
+        print("\n".join(description(spec)))
+    if args.out is not None:
+        _write(args.out, written)
+        print(f"written to {args.out}, which is now a MODEL: search/run.py describe {shlex.quote(str(args.out))}", file=sys.stderr)
     return 0
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    try:
+        write_json_atomically(path, data)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"--out {path}: {error}") from error
 
 
 def evaluate_model(argv: list[str]) -> int:
@@ -95,13 +130,14 @@ def evaluate_model(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     with waiting(f"preparing {args.model} and its data", first_s=AT_ONCE_S):
         from results.records import Failure
+        from search.description import call_in_words
         from search.progress import EvaluationProgress
         from space.search_space import Candidate
         from workers.evaluate import Job, evaluate
         from workers.resources import resources_of
 
         settings = run_settings("evaluate", args)
-        calls = tuple(settings.call(name.strip()) for name in args.evaluators.split(","))
+        calls = settings.calls()
         _refuse_settings_of_others(settings, [call.name for call in calls])
         if args.gpus > 0:
             import torch
@@ -145,13 +181,17 @@ def evaluate_model(argv: list[str]) -> int:
         "device": outcome.device,
         "versions": dict(outcome.versions),
         "seed": outcome.seed,
+        "num_threads": outcome.num_threads,
+        "evaluators": {call.name: call.to_json()["settings"] for call in calls},
     }
     if args.json:
         print(json.dumps(result))
     else:
-        print(f"digest {spec.digest}   {outcome.device}, seed {outcome.seed}, {outcome.elapsed_s:.1f} s")
-        for name, value in outcome.values.items():
-            print(f"  {name:32} {value:.6g}")
+        threads = "1 thread" if outcome.num_threads == 1 else f"{outcome.num_threads} threads"
+        print(f"digest {spec.digest}   {outcome.device}, {threads}, seed {outcome.seed}, {outcome.elapsed_s:.1f} s")
+        for call in calls:
+            for line in call_in_words(call, outcome.values):
+                print(line)
     return 0
 
 

@@ -14,7 +14,7 @@ from space.registry import unknown_name
 USAGE = """\
 usage: search/run.py STUDY [flags]                        run or resume a study (--help lists the flags)
        search/run.py list                                 studies, models, components, evaluators, mixings, strategies
-       search/run.py describe MODEL [--json]              digest, parameters and MACs, total and per part
+       search/run.py describe MODEL [--set TARGET=VALUE]  its parts, parameters, MACs and digest, changed or as it is
        search/run.py evaluate MODEL --evaluators A,B ...  measure one model now, without a study
 
 MODEL is a catalogue name (deit_small), a method's string (as_vit:8,2,3|4,1,2|4,1,4|4,1,6|32), a model of timm

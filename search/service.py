@@ -206,7 +206,7 @@ class Plan:
             if phase.strategy:
                 strategies.get(phase.strategy)
             phase.budget.check_reachable(phase.space)
-            example = phase.space.decode(next(phase.space.points()))
+            example = phase.example
             for call in phase.evaluators:
                 call.evaluator.check(subject_of(call, example), example.recipe, call.settings)
         self.paths = RunPaths(settings.runs)

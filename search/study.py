@@ -8,7 +8,7 @@ import json
 import math
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from results.records import Metric
 from search.budget import UNLIMITED, Budget
 from search.strategy import Problem, Proposer, strategies
 from space.recipe import Recipe
-from space.registry import Registry, SpecError
+from space.registry import Registry, SpecError, unknown_name
 from space.search_space import Candidate, SearchSpace
 from workers.evaluator import Call, by_todays_names, evaluators
 from workers.resources import Resources, resources_of
@@ -54,7 +54,8 @@ class RunSettings:
     `evaluator_settings` holds `--set evaluator.field=text` as `{evaluator: {field: text}}`.
     `num_classes` is that of the networks; `search.preparation` takes it from the data where nobody says it. `defaults` numbers the
     defaults of the time when the study was created, which it keeps. `budget` is what the reported networks may cost. `gpus` are those
-    of each of a trial's `processes`. `options` are the study's own flags, an instance of its class of them.
+    of each of a trial's `processes`. `evaluators` are measured beside the study's own, and `objectives` stand in the place of its own;
+    both are names, or a text of names separated by commas. `options` are the study's own flags, an instance of its class of them.
     """
 
     study: str
@@ -69,6 +70,8 @@ class RunSettings:
     data: str = DEFAULT_DATA
     budget: Budget = UNLIMITED
     strategy: str | None = None
+    evaluators: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = ()
     evaluator_settings: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     gpus: float = 0.0
     processes: int = 1
@@ -79,6 +82,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "evaluator_settings", by_todays_names(self.evaluator_settings, "--set"))
+        object.__setattr__(self, "evaluators", tuple(map(evaluators.todays_name, _names(self.evaluators, "--evaluators"))))
+        object.__setattr__(self, "objectives", _names(self.objectives, "--objectives"))
 
     @property
     def study_name(self) -> str:
@@ -90,7 +95,20 @@ class RunSettings:
 
     def call(self, evaluator: str) -> Call:
         """The evaluator with this run's settings for it; raises SpecError for a setting it does not have."""
+        evaluator = evaluators.todays_name(evaluator)
         return Call(evaluator, evaluators.get(evaluator).parse_settings(self.evaluator_settings.get(evaluator, {})))
+
+    def calls(self, *own: str) -> tuple[Call, ...]:
+        """A study's own evaluators, then those that the user adds, each with this run's settings for it."""
+        return tuple(self.call(name) for name in dict.fromkeys([*own, *self.evaluators]))
+
+
+def _names(given: str | Sequence[str], flag: str) -> tuple[str, ...]:
+    """The names in a text or a sequence; raises SettingsError for one that is empty or stands there twice."""
+    names = tuple(name.strip() for name in (given.split(",") if isinstance(given, str) else given))
+    if "" in names or len(set(names)) < len(names):
+        raise SettingsError(f"{flag} {','.join(names)!r}: different names are expected, separated by commas")
+    return names
 
 
 @dataclass(frozen=True)
@@ -129,9 +147,10 @@ class Phase:
         if (self.strategy is None) != (self.num_trials is None):
             raise SpecError(f"phase {self.name!r}: a strategy needs num_trials, a proposer ends by itself")
         self._refuse_one_name_for_two_values()
-        missing = [name for name in self.objectives if name not in self.metrics]
-        if missing:
-            raise SpecError(f"phase {self.name!r}: no evaluator measures {', '.join(missing)}")
+        for name in self.objectives:
+            if name not in self.metrics:
+                measuring = ", ".join(call.name for call in self.evaluators)
+                raise unknown_name("objective", name, self.metrics, f"phase {self.name!r}, which measures by {measuring}")
 
     def _refuse_one_name_for_two_values(self) -> None:
         for one, other in itertools.combinations(self.evaluators, 2):
@@ -153,7 +172,7 @@ class Phase:
     @cached_property
     def example(self) -> Candidate:
         """The candidate at the first point of the space."""
-        return self.space.decode(next(self.space.points()))
+        return self.space.decode(self.space.first_point())
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
@@ -227,7 +246,14 @@ class Method:
         self._make = make
 
     def __call__(self, run: RunSettings) -> Study:
-        return self._make(run if run.options is not None else dataclasses.replace(run, options=self.options()))
+        """The study; raises SettingsError for evaluators and objectives of the user's that it does not take."""
+        made = self._make(run if run.options is not None else dataclasses.replace(run, options=self.options()))
+        for name in run.evaluators:
+            if name not in (call.name for call in made.calls):
+                raise SettingsError(f"--evaluators {name}: study {run.study!r} measures by its own evaluators alone")
+        if run.objectives and run.objectives not in (phase.objectives for phase in made.phases):
+            raise SettingsError(f"--objectives {','.join(run.objectives)}: study {run.study!r} has objectives of its own alone")
+        return made
 
 
 studies: Registry[Method] = Registry("study", package="search.studies")
@@ -238,8 +264,8 @@ def study(name: str, *, options: type[Options] = Options) -> Callable[[Callable[
 
     `options` is a frozen keyword-only dataclass derived from `Options`. Its fields, each with a default, become the study's own flags.
     A field is `str`, `int`, `float`, `bool` or, for a flag that may be repeated, `tuple[str, ...]`. Its metadata declares the rest:
-    `field(default=3, metadata={"help": "paired trainings", "at_least": 0})`. "help" explains the flag; "at_least" or "above" is the lower
-    bound of a finite number, which `Options` checks. An instance arrives as `RunSettings.options`.
+    `field(default=3, metadata={"help": "paired trainings", "at_least": 0})`. "help" explains the flag, "metavar" stands for the text behind it;
+    "at_least" or "above" is the lower bound of a finite number, which `Options` checks. An instance arrives as `RunSettings.options`.
     """
 
     def register(make: Callable[[RunSettings], Study]) -> Callable[[RunSettings], Study]:
@@ -311,6 +337,9 @@ def open_phase(name: str, phase: Phase, run: RunSettings, data_fingerprint: str,
 def _comparable(settings: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
     """Settings as they are compared."""
     compared = dict(settings)
+    space = settings["space"]
+    # By name, so that a difference names its axis.
+    compared["space"] = {**space, "axes": {axis["name"]: axis for axis in space["axes"]}}
     if recipe := settings.get("recipe"):
         # It is stored without its defaults, which a difference should name.
         compared["recipe"] = dataclasses.asdict(Recipe.from_json(recipe))

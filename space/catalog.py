@@ -31,8 +31,8 @@ def resolve(text: str) -> Model:
     """The model that `text` names.
 
     A catalogue name; a family and a string in its notation (`as_vit:STRING`, at 224 pixels); a kind and what it reads (`timm:NAME`,
-    with 1000 classes, at the image size of its pretrained weights); or the path of a JSON file that holds a spec or a candidate,
-    whose reported network is taken. Raises SpecError with the nearest names.
+    with 1000 classes, at the image size of its pretrained weights); or the path of a JSON file that holds a spec, what
+    `describe` writes, or a candidate, whose reported network is taken. Raises SpecError with the nearest names.
     """
     if text in (named := _models()):
         return named[text].make()
@@ -44,6 +44,13 @@ def resolve(text: str) -> Model:
     if path.suffix == ".json" or path.is_file():
         return _read(path)
     return _named(text).make()
+
+
+def explanation(text: str) -> tuple[str, ...]:
+    """What each number of a method's string is, in lines; empty for a model that is named otherwise. Raises SpecError as `resolve` does."""
+    prefix, colon, string = text.partition(":")
+    explain = families.get(prefix).explain if colon and prefix in families.names() else None
+    return tuple(explain(string)) if explain else ()
 
 
 def _models() -> dict[str, NamedModel]:
@@ -68,8 +75,9 @@ def _named(name: str) -> NamedModel:
 def _read(path: Path) -> Model:
     try:
         data = json.loads(path.read_text())
-        if isinstance(data, Mapping) and isinstance(data.get("model"), Mapping):
-            data = data["model"]
+        for key in ("spec", "model"):
+            if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
+                data = data[key]
         return model_from_json(data)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, SpecError) as error:
         raise SpecError(f"{path}: {error}") from error

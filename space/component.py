@@ -119,14 +119,23 @@ class Choice:
     default: Scalar = REQUIRED
     allowed: tuple[Callable[[Any], bool], str] | None = None
 
+    @property
+    def value_type(self) -> type:
+        return type(self.offered[0])
+
+    @property
+    def words(self) -> str:
+        """What is allowed, for a reader."""
+        meaning = self.allowed[1] if self.allowed else f"one of {', '.join(map(str, self.offered))}"
+        return f"{self.value_type.__name__}, {meaning}"
+
     def check(self, value: Scalar, where: str) -> Scalar:
         """The value in this choice's type; raises SpecError naming what is allowed."""
-        kind = type(self.offered[0])
-        if kind is float and type(value) is int:
+        if self.value_type is float and type(value) is int:
             value = float(value)
-        legal, meaning = self.allowed or (self.offered.__contains__, f"one of {', '.join(map(str, self.offered))}")
-        if type(value) is not kind or not legal(value):
-            raise SpecError(f"{where} is {value!r}; allowed: {kind.__name__}, {meaning}")
+        is_legal = self.allowed[0] if self.allowed else self.offered.__contains__
+        if type(value) is not self.value_type or not is_legal(value):
+            raise SpecError(f"{where} is {value!r}; allowed: {self.words}")
         return value
 
 

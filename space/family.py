@@ -9,7 +9,7 @@ The function is called once, when the registry imports its file. A family's file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from space.model import Model
@@ -29,13 +29,15 @@ class NamedModel:
 class Family:
     """Networks that belong together: those with a name, those with a notation, and the spaces they are searched in.
 
-    `read` makes the model of what a user types after `FAMILY:`; it raises SpecError saying what is allowed. `spaces` are functions
-    by the name of the space they make; they take the keywords `img_size` and `num_classes`.
+    `read` makes the model of what a user types after `FAMILY:`; it raises SpecError saying what is allowed. `explain` says in
+    lines of at most 80 characters what each number of such a string is. `spaces` are functions by the name of the space they make; they
+    take the keywords `img_size` and `num_classes`.
     """
 
     models: Mapping[str, NamedModel] = field(default_factory=dict)
     """By name, smallest first."""
     read: Callable[[str], Model] | None = None
+    explain: Callable[[str], Sequence[str]] | None = None
     spaces: Mapping[str, Callable[..., SearchSpace]] = field(default_factory=dict)
 
 

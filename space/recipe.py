@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from space.registry import SpecError, unknown_name
 from space.spec import digest_of
+from space.values import parse_value
 
 Optimizer = Literal["adamw", "lion", "lamb", "sgd"]
 Crop = Literal["none", "pad", "resized"]
@@ -124,6 +125,27 @@ class Recipe:
     def digest(self) -> str:
         """16 hex digits of the canonical JSON's SHA-256; the seed is part of it."""
         return digest_of(self.to_json())
+
+
+def parse_recipe_fields(text: str, where: str) -> dict[str, Any]:
+    """The fields in `FIELD=VALUE,...`, grids separated by `/`; raises SpecError saying `where` and what is allowed."""
+    fields: dict[str, Any] = {}
+    for assignment in text.split(",") if text else ():
+        name, equals, value = (word.strip() for word in assignment.partition("="))
+        if not equals:
+            raise SpecError(f"{where} {text!r}: FIELD=VALUE,... is expected")
+        place, hint = f"{where}: {name}", recipe_field_type(name, where)
+        is_grids = name == "mixing_grids"
+        fields[name] = tuple(parse_value(grid, int, place) for grid in value.split("/")) if is_grids else parse_value(value, hint, place)
+    return fields
+
+
+def recipe_field_type(name: str, where: str) -> Any:
+    """The declared type of a recipe's field; raises SpecError with the nearest names for one that it does not have."""
+    hints = get_type_hints(Recipe)
+    if name not in hints:
+        raise unknown_name("field", name, hints, where)
+    return hints[name]
 
 
 _RANGES = (

@@ -1,10 +1,11 @@
 """A search space: named axes and the function from a point on them to a candidate.
 
-`suggest` works with anything that has Optuna's `suggest_categorical` and `suggest_int`, so this package needs no Optuna.
+`suggest` works with anything that has Optuna's `suggest_categorical`, `suggest_int` and `suggest_float`, so this package needs no Optuna.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from space.model import Model
 from space.recipe import Recipe
 from space.registry import SpecError
 from space.spec import ArchSpec, digest_of
+from space.values import Choices, Interval
 
 
 class Suggests(Protocol):
@@ -23,17 +25,19 @@ class Suggests(Protocol):
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1) -> int: ...
 
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One decision: a tuple of unordered choices or a `range` of integers.
+    """One decision: a tuple of unordered choices, a `range` of integers, or an `Interval` of real numbers.
 
     An axis with `when=(other, value)` exists only where an earlier axis took that value, or one of a tuple of values:
     first the component, then its own choices.
     """
 
     name: str
-    choices: tuple[Scalar, ...] | range
+    choices: Choices
     when: tuple[str, Scalar | tuple[Scalar, ...]] | None = None
 
     def is_active(self, params: Mapping[str, Scalar]) -> bool:
@@ -45,10 +49,23 @@ class Axis:
     def suggest(self, trial: Suggests) -> Scalar:
         if isinstance(self.choices, range):
             return trial.suggest_int(self.name, self.choices[0], self.choices[-1], step=self.choices.step)
+        if isinstance(self.choices, Interval):
+            return trial.suggest_float(self.name, self.choices.low, self.choices.high, log=self.choices.log)
         return trial.suggest_categorical(self.name, self.choices)
 
+    def at(self, share: float) -> Scalar:
+        """The choice at `share` of the way through them, from 0, the first, to below 1."""
+        if isinstance(self.choices, Interval):
+            return self.choices.at(share)
+        return self.choices[int(share * len(self.choices))]
+
+    @property
+    def size(self) -> float:
+        """Number of choices."""
+        return math.inf if isinstance(self.choices, Interval) else len(self.choices)
+
     def to_json(self) -> dict[str, Any]:
-        values: Any = str(self.choices) if isinstance(self.choices, range) else list(self.choices)
+        values: Any = list(self.choices) if isinstance(self.choices, tuple) else str(self.choices)
         return {"name": self.name, "choices": values, **({"when": list(self.when)} if self.when else {})}
 
 
@@ -103,33 +120,44 @@ class SearchSpace:
             raise SpecError(f"space {self.name!r} has no axis {', '.join(sorted(extra))} at this point")
         for axis in wanted:
             if axis.name not in params or params[axis.name] not in axis.choices:
-                allowed = axis.choices if isinstance(axis.choices, range) else ", ".join(map(str, axis.choices))
+                allowed = ", ".join(map(str, axis.choices)) if isinstance(axis.choices, tuple) else axis.choices
                 raise SpecError(f"space {self.name!r}: {axis.name} is {params.get(axis.name)!r}; allowed: {allowed}")
 
     @property
-    def size(self) -> int:
-        """Number of points."""
+    def size(self) -> float:
+        """Number of points: whole, or infinite if an axis is an interval."""
         deciding = {axis.when[0] for axis in self.axes if axis.when}
 
-        def count(params: dict[str, Scalar], axes: tuple[Axis, ...]) -> int:
-            number = 1
+        def count(params: dict[str, Scalar], axes: tuple[Axis, ...]) -> float:
+            number: float = 1
             for index, axis in enumerate(axes):
                 if not axis.is_active(params):
                     continue
-                if axis.name in deciding:
+                if axis.name in deciding and not isinstance(axis.choices, Interval):
                     return number * sum(count({**params, axis.name: value}, axes[index + 1 :]) for value in axis.choices)
-                number *= len(axis.choices)
+                number *= axis.size
             return number
 
         return count({}, self.axes)
 
+    def first_point(self) -> dict[str, Scalar]:
+        """The first choice of every axis."""
+        params: dict[str, Scalar] = {}
+        for axis in self.axes:
+            if axis.is_active(params):
+                params[axis.name] = axis.at(0.0)
+        return params
+
     def points(self) -> Iterator[dict[str, Scalar]]:
-        """Every point, the last axis varying fastest."""
+        """Every point, the last axis varying fastest; raises SpecError if an axis is an interval."""
+        if intervals := [axis.name for axis in self.axes if isinstance(axis.choices, Interval)]:
+            raise SpecError(f"space {self.name!r} has no list of points: {', '.join(intervals)} is an interval of real numbers")
 
         def extend(params: dict[str, Scalar], axes: tuple[Axis, ...]) -> Iterator[dict[str, Scalar]]:
             if not axes:
                 yield dict(params)
             elif axes[0].is_active(params):
+                assert not isinstance(axes[0].choices, Interval)
                 for value in axes[0].choices:
                     yield from extend({**params, axes[0].name: value}, axes[1:])
             else:

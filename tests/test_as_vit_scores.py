@@ -272,7 +272,7 @@ def test_removing_norms_leaves_none_and_nothing_else_changes():
     [
         ({"mode": "published"}, "allowed: default, reference"),
         ({"num_repeats": "1"}, "whole numbers from 2"),
-        ({"ntk_batch_size": "many"}, "int is expected"),
+        ({"ntk_batch_size": "many"}, "a whole number is expected"),
         ({"num_angles": "0"}, "whole numbers from 2"),
         ({"num_angle": "4"}, "did you mean 'num_angles'"),
     ],

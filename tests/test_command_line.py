@@ -29,7 +29,8 @@ def test_list_names_what_there_is_without_importing_the_heavy_libraries(tmp_path
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["as_vit", "--help"], ["ablations", "--help"], ["describe", "--help"], ["evaluate", "--help"]]
+    "arguments",
+    [["--help"], ["as_vit", "--help"], ["ablations", "--help"], ["compose", "--help"], ["describe", "--help"], ["evaluate", "--help"]],
 )
 def test_help_is_there_and_imports_nothing_heavy(tmp_path: Path, arguments: list[str]):
     shown = run_command(*arguments, cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
@@ -61,8 +62,9 @@ def test_evaluate_measures_one_model_now(tmp_path: Path):
     flags += ["--set", "as_vit.num_repeats=2", "--set", "as_vit.num_angles=2", "--set", "as_vit.ntk_batch_size=2"]
     first, second = run_command("evaluate", *flags, cwd=tmp_path), run_here(main, "evaluate", *flags, cwd=tmp_path)
     measured = json.loads(first.stdout)
-    assert measured.keys() == {"digest", "values", "elapsed_s", "device", "versions", "seed"}
+    assert measured.keys() == {"digest", "values", "elapsed_s", "device", "versions", "seed", "num_threads", "evaluators"}
     assert measured["seed"] == 3
+    assert measured["evaluators"]["as_vit"]["num_angles"] == 2
     assert {"length_distortion", "ntk_condition", "params_m", "gmacs"} <= measured["values"].keys()
     assert json.loads(second.stdout)["values"] == measured["values"]
 
@@ -119,7 +121,7 @@ MISTAKES = {
     "options of another study": (["smoke", "--seeds", "3"], "unrecognized arguments: --seeds 3"),
     "flag without meaning": (["ablations", "--trials", "3"], "--trials means nothing here"),
     "recipe of no field": (["evaluate", "vit_digits", "--evaluators", "train", "--recipe", "epoch=1"], "did you mean 'epochs'"),
-    "recipe of no number": (["evaluate", "vit_digits", "--evaluators", "train", "--recipe", "epochs=x"], "a number is expected"),
+    "recipe of no number": (["evaluate", "vit_digits", "--evaluators", "train", "--recipe", "epochs=x"], "a whole number is expected"),
     "unknown digest": (["describe", "0123456789abcdef"], "no leaderboard entry has the digest '0123456789abcdef'"),
 }
 
@@ -156,6 +158,7 @@ def test_a_study_explains_its_own_flags(tmp_path: Path):
     assert "paired trainings of each level" in shown
     assert "(default: 3)" in shown
     assert "--factor" not in run_command("smoke", "--help", cwd=tmp_path).stdout
+    assert "--axis TARGET=CHOICES" in run_command("compose", "--help", cwd=tmp_path).stdout
 
 
 def test_options_become_the_fields_of_the_studys_own_class():

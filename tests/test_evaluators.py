@@ -1,10 +1,12 @@
 """The contract of every registered evaluator, and facts about the small ones."""
 
 import dataclasses
+import json
 import math
 import shutil
 import statistics
 from types import SimpleNamespace
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from space.timm_spec import TimmSpec
 from workers.checkpoints import save_model
 from workers.data import load_dataset
 from workers.evaluate import Job, evaluate
-from workers.evaluator import Call, Context, EarlierTrial, NoSettings, evaluators
+from workers.evaluator import ARTIFACTS, Call, Context, EarlierTrial, NoSettings, evaluators
 from workers.evaluators import profile as profile_module
 from workers.evaluators.profile import ProfileSettings, profile
 
@@ -175,19 +177,42 @@ def test_the_closed_form_refuses_what_it_does_not_hold_for():
         evaluators.get("as_vit_closed_form").function(plain, CONTEXT, NoSettings())
 
 
-def test_profile_reports_the_median_and_spread_of_its_runs(monkeypatch):
-    # The clock at the start and at the end of each run; run number n takes n ms.
-    clock = iter([reading for number in range(1, 31) for reading in (0.0, number / 1000)])
+def profiled(monkeypatch, workdir, run_times_ms):
+    """What `profile` measures and warns of when its runs take so many milliseconds, and its artifact."""
+    clock = iter([reading for run_time in run_times_ms for reading in (0.0, run_time / 1000)])
     monkeypatch.setattr(profile_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    measured = profile(SMALL, CONTEXT, ProfileSettings(num_runs=30, num_warmup=1, batch_size=4))
-    lower, median, upper = statistics.quantiles(range(1, 31), n=4)
+    warnings = []
+    context = Context(seed=0, workdir=workdir, warn=warnings.append)
+    settings = ProfileSettings(num_runs=len(run_times_ms), num_warmup=1, batch_size=4, precision="bf16")
+    measured = profile(SMALL, context, settings)
+    return measured, warnings, json.loads((workdir / ARTIFACTS / "profile.json").read_text())
+
+
+def test_profile_reports_the_median_and_spread_of_its_runs(monkeypatch, tmp_path):
+    run_times_ms = list(range(1, 31))
+    measured, _, stored = profiled(monkeypatch, tmp_path, run_times_ms)
+    lower, median, upper = statistics.quantiles(run_times_ms, n=4)
     assert measured["latency_ms"] == pytest.approx(median)
     assert measured["latency_iqr_ms"] == pytest.approx(upper - lower)
+    assert (measured["latency_q1_ms"], measured["latency_q3_ms"]) == pytest.approx((lower, upper))
     assert measured["throughput_img_s"] == pytest.approx(4 * 1000 / median)
+    assert stored.pop("latencies_ms") == pytest.approx(run_times_ms)
+    circumstances = {"batch_size": 4, "precision": "bf16", "threads": 1, "device": "cpu", "num_warmup": 1, "is_noisy": True}
+    assert stored == circumstances
 
 
-def test_profile_memory_holds_the_weights_and_grows_with_the_batch():
-    one, many = (profile(SMALL, CONTEXT, ProfileSettings(num_runs=30, num_warmup=1, batch_size=size))["memory_mb"] for size in (1, 8))
+def test_profile_says_noisy_when_the_middle_half_of_its_runs_spreads_over_more_than_a_tenth(monkeypatch, tmp_path):
+    # A third of the runs are slower, so the upper quartile is.
+    calm, noisy = ([100.0, 100.0, 100.0 + spread] * 10 for spread in (9, 11))
+    assert profiled(monkeypatch, tmp_path, calm)[1:] == ([], ANY)
+    _, warnings, stored = profiled(monkeypatch, tmp_path, noisy)
+    assert ["latency_ms is noisy" in warning for warning in warnings] == [True]
+    assert stored["is_noisy"]
+
+
+def test_profile_memory_holds_the_weights_and_grows_with_the_batch(tmp_path):
+    context = Context(seed=0, workdir=tmp_path)
+    one, many = (profile(SMALL, context, ProfileSettings(num_runs=30, num_warmup=1, batch_size=size))["memory_mb"] for size in (1, 8))
     assert one > 4 * cost(SMALL).params / 1e6
     assert many > one
 
@@ -203,19 +228,20 @@ def test_peak_memory_counts_what_is_alive_together():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_profile_runs_in_half_precision_with_half_the_memory(precision):
+def test_profile_runs_in_half_precision_with_half_the_memory(precision, tmp_path):
+    context = Context(seed=0, workdir=tmp_path)
     full, half = (
-        profile(SMALL, CONTEXT, ProfileSettings(num_runs=30, num_warmup=1, precision=name))["memory_mb"] for name in ("fp32", precision)
+        profile(SMALL, context, ProfileSettings(num_runs=30, num_warmup=1, precision=name))["memory_mb"] for name in ("fp32", precision)
     )
     assert half == pytest.approx(full / 2, rel=0.2)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["profile", "as_vit"])
-def test_evaluators_run_on_the_gpu(name):
+def test_evaluators_run_on_the_gpu(name, tmp_path):
     each = evaluators.get(name)
     settings = each.parse_settings(QUICK[name])
-    on_gpu = each.function(SMALL, Context(seed=0, device="cuda"), settings)
+    on_gpu = each.function(SMALL, Context(seed=0, device="cuda", workdir=tmp_path), settings)
     assert all(math.isfinite(value) for value in on_gpu.values())
     if name == "as_vit":
         on_cpu = each.function(SMALL, CONTEXT, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from search.storage import open_storage
 
 pytestmark = pytest.mark.slow
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def block_with(words: str) -> str:
@@ -43,21 +45,35 @@ def test_the_optuna_example_goes_on_with_a_study_that_the_command_line_made(tmp_
     assert len(study.trials) == 7
 
 
-def test_the_component_example_is_found_and_passes_the_contract(tmp_path: Path):
+@pytest.fixture(scope="module")
+def checkout_with_component(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository, with the README's component in the file that the README names."""
+    root = tmp_path_factory.mktemp("checkout")
     for package in ("space", "results", "workers", "search", "tests"):
-        shutil.copytree(REPOSITORY / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+        shutil.copytree(REPOSITORY / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "pyproject.toml", root)
     block = block_with('@component("feed_forward", "squeeze"')
     path = re.match(r"# (space/components/\w+\.py)\n", block)
     assert path is not None
-    (tmp_path / path[1]).write_text(block)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/test_components.py", "-k", "squeeze", "-p", "no:cacheprovider"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    (root / path[1]).write_text(block)
+    return root
+
+
+def run_in(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run([sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_component_example_is_found_and_passes_the_contract(checkout_with_component: Path):
+    done = run_in(checkout_with_component, "-m", "pytest", "tests/test_components.py", "-k", "squeeze", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^\.+ ", done.stdout), done.stdout
+
+
+def test_the_component_example_ends_in_a_leaderboard(checkout_with_component: Path):
+    section = README.partition("## Add a component")[2].partition("\n## ")[0]
+    (command,) = re.findall(r"^    (search/run\.py compose .*squeeze.*)$", section, flags=re.MULTILINE)
+    done = run_in(checkout_with_component, *shlex.split(command), "--recipe", "epochs=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    labels = {label for label in re.findall(r"feed_forward=\S+", section) if label in done.stdout}
+    assert labels == {"feed_forward=mlp", "feed_forward=squeeze,ratio=2", "feed_forward=squeeze,ratio=4"}

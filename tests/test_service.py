@@ -143,7 +143,7 @@ def test_resuming_in_a_space_with_another_choice_is_refused_with_the_axis(tmp_pa
     open_phase("smoke/search", phase, run, "digits", storage)
     axes = (dataclasses.replace(phase.space.axes[0], choices=(32, 48, 80)), *phase.space.axes[1:])
     changed = dataclasses.replace(phase, space=dataclasses.replace(phase.space, axes=axes))
-    with pytest.raises(SettingsError, match=re.escape("space.axes[0].choices[2] was 64, now 80")):
+    with pytest.raises(SettingsError, match=re.escape("space.axes.embed_dim.choices[2] was 64, now 80")):
         open_phase("smoke/search", changed, run, "digits", storage)
 
 

@@ -29,7 +29,7 @@ class Example(Options):
 @pytest.mark.parametrize(("study", "option"), OPTIONS, ids=named(OPTIONS))
 def test_an_option_explains_itself_and_declares_nothing_that_is_not_read(study: str, option: dataclasses.Field):
     assert option.metadata["help"]
-    assert option.metadata.keys() <= {"help", "at_least", "above"}
+    assert option.metadata.keys() <= {"help", "metavar", "at_least", "above"}
 
 
 @pytest.mark.parametrize(("study", "option"), NUMBERS, ids=named(NUMBERS))

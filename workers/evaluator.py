@@ -22,6 +22,7 @@ from space.model import Model
 from space.recipe import Recipe
 from space.registry import Registry, SpecError, unknown_name
 from space.spec import digest_of
+from space.values import parse_value
 from workers.resources import Resources
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class Evaluator:
         for name, text in assignments.items():
             if name not in hints:
                 raise unknown_name("setting", name, hints, f"evaluator {self.name!r}")
-            values[name] = _parse(text, hints[name], f"{self.name}.{name}")
+            values[name] = parse_value(text, hints[name], f"{self.name}.{name}")
         try:
             return self.settings(**values)
         except ValueError as error:
@@ -245,19 +246,3 @@ def _is_of_type(value: Any, hint: Any) -> bool:
 
 def _type_name(hint: Any) -> str:
     return f"one of {', '.join(map(str, get_args(hint)))}" if get_origin(hint) is Literal else hint.__name__
-
-
-def _parse(text: str, hint: Any, where: str) -> Any:
-    if get_origin(hint) is Literal:
-        allowed = get_args(hint)
-        if text not in allowed:
-            raise SpecError(f"{where} is {text!r}; allowed: {', '.join(map(str, allowed))}")
-        return text
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise SpecError(f"{where} is {text!r}; allowed: true, false")
-        return text.lower() == "true"
-    try:
-        return hint(text)
-    except ValueError as error:
-        raise SpecError(f"{where} is {text!r}; {hint.__name__} is expected") from error

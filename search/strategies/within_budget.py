@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -16,6 +16,7 @@ from search.budget import Point, climb
 from search.strategy import ATTEMPT, Problem, stream_of
 from space.component import Scalar
 from space.search_space import Axis
+from space.values import Interval
 
 MAX_ATTEMPTS = 10
 
@@ -96,7 +97,7 @@ class WithinBudget(BaseSampler):
             if name in fixed:
                 value = fixed[name]
             elif distribution.single():
-                value = axis.choices[0]
+                value = axis.at(0.0)
             elif name in relative:
                 value = relative[name]
             else:
@@ -109,4 +110,6 @@ class WithinBudget(BaseSampler):
 def _distribution(axis: Axis) -> BaseDistribution:
     if isinstance(axis.choices, range):
         return IntDistribution(axis.choices[0], axis.choices[-1], step=axis.choices.step)
+    if isinstance(axis.choices, Interval):
+        return FloatDistribution(axis.choices.low, axis.choices.high, log=axis.choices.log)
     return CategoricalDistribution(axis.choices)

@@ -145,7 +145,7 @@ def ablations(run: RunSettings) -> Study:
         Phase(
             name="train",
             space=space,
-            evaluators=(run.call("train"), *robustness),
+            evaluators=(*run.calls("train"), *robustness),
             objectives=("val_top1_pct",),
             propose=_grid(cells(levels, seeds)),
             plan=_plan_of_cells(len(cells(levels, seeds)), f"trained for {options.epochs} epochs (--epochs)"),
@@ -170,6 +170,10 @@ def _refuse_flags_without_meaning(run: RunSettings) -> None:
         if getattr(run, name) is not None:
             flag = "--trials" if name == "num_trials" else f"--{name.replace('_', '-')}"
             raise SettingsError(f"{flag} means nothing here: factors, levels and seeds say what is trained")
+    if run.objectives:
+        raise SettingsError(
+            f"--objectives {','.join(run.objectives)} means nothing here: nothing is searched, every cell of the design is trained"
+        )
     if not run.budget.is_empty:
         raise SettingsError(f"{run.budget} means nothing here: the design is fixed, and a bound would leave cells out of its comparisons")
 

@@ -57,7 +57,7 @@ def as_vit(run: RunSettings) -> Study:
     options: AsVitOptions = run.options
     num_classes = run.num_classes_or(NUM_CLASSES)
     sizes = {"img_size": run.img_size or 224, "proxy_img_size": run.proxy_img_size or run.img_size or 224, "num_classes": num_classes}
-    evaluators = (run.call("as_vit"), run.call("as_vit_closed_form"), run.call("cost"))
+    evaluators = run.calls("as_vit", "as_vit_closed_form", "cost")
     is_first = run.defaults < FITTED
     max_params_m = _max_params_m(run.budget, FIRST_MAX_PARAMS_M if is_first else DEFAULT_MAX_PARAMS_M)
     max_rounds = options.rounds or (None if is_first else DEFAULT_ROUNDS)
@@ -66,7 +66,7 @@ def as_vit(run: RunSettings) -> Study:
         name="topology",
         space=topology_space(**sizes),
         evaluators=evaluators,
-        objectives=SCORES,
+        objectives=run.objectives or SCORES,
         budget=run.budget.upper(),
         strategy=run.strategy or "policy_gradient",
         num_trials=run.num_trials or 200,
@@ -89,7 +89,7 @@ def as_vit(run: RunSettings) -> Study:
         name="growth",
         space=growth_space(**sizes),
         evaluators=evaluators,
-        objectives=SCORES,
+        objectives=run.objectives or SCORES,
         budget=reported.upper(),
         propose=propose,
         plan=_growth_plan(run.budget, reported, max_rounds),

@@ -19,8 +19,8 @@ def smoke(run: RunSettings) -> Study:
     phase = Phase(
         name="search",
         space=tiny_vit_space(img_size=run.proxy_img_size or run.img_size or 32, num_classes=run.num_classes_or(10)),
-        evaluators=(run.call("as_vit"), run.call("cost")),
-        objectives=("length_distortion", "gmacs"),
+        evaluators=run.calls("as_vit", "cost"),
+        objectives=run.objectives or ("length_distortion", "gmacs"),
         budget=run.budget,
         strategy=run.strategy or "random",
         num_trials=run.num_trials or 12,

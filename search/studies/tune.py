@@ -9,7 +9,7 @@ Selection looks at the validation part. The default recipe stands in the same ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,7 +56,7 @@ class TuneOptions(Options):
     @property
     def rungs(self) -> tuple[int, ...]:
         """The epochs after which recipes are compared, the last one the whole training."""
-        return tuple(self.epochs // REDUCTION**left for left in reversed(range(NUM_RUNGS)))
+        return rungs_of(self.epochs)
 
 
 @study("tune", options=TuneOptions)
@@ -68,6 +68,8 @@ def tune(run: RunSettings) -> Study:
             raise SettingsError(f"{flag} means nothing here: --recipes and --epochs say what is trained")
     if not run.budget.is_empty:
         raise SettingsError(f"{run.budget} means nothing here: --model says which network is trained")
+    if len(run.objectives) > 1:
+        raise SettingsError(f"--objectives {','.join(run.objectives)}: successive halving goes by one objective")
     points = drawn_recipes(options.recipes, run.seed)
     phase: Phase
 
@@ -79,10 +81,10 @@ def tune(run: RunSettings) -> Study:
     phase = Phase(
         name="recipes",
         space=recipe_space(options, run),
-        evaluators=(run.call("train"),),
-        objectives=("val_top1_pct",),
+        evaluators=run.calls("train"),
+        objectives=run.objectives or ("val_top1_pct",),
         propose=propose,
-        plan=_plan(options),
+        plan=halving_plan(options.recipes, options.rungs, "recipes"),
     )
     return Study(phases=(phase,))
 
@@ -95,12 +97,11 @@ def recipe_space(options: TuneOptions, run: RunSettings) -> SearchSpace:
     def decode(params: Mapping[str, Any]) -> Candidate:
         changes = {name: params[name] for name in AXES if name != "lr_factor"}
         recipe = replace(base, lr=base.lr * params["lr_factor"], min_lr=base.min_lr * params["lr_factor"], **changes)
-        stop = params[EPOCHS_AXIS] if params[EPOCHS_AXIS] < options.epochs else 0
         told = " ".join(f"{name}={params[name]}" for name in AXES if params[name] != DEFAULT[name]) or "default recipe"
         return Candidate(
             model=model,
             recipe=recipe,
-            settings={"train": {"stop_after": stop}} if stop else {},
+            settings=stopping(params[EPOCHS_AXIS], options.epochs),
             label=f"{params[EPOCHS_AXIS]}/{options.epochs} epochs {told}",
         )
 
@@ -127,9 +128,19 @@ def drawn_recipes(number: int, seed: int) -> list[dict[str, Any]]:
     return [DEFAULT, *(point for point in drawn if point != DEFAULT)][:number]
 
 
-def _plan(options: TuneOptions) -> str:
+def rungs_of(epochs: int) -> tuple[int, ...]:
+    """The epochs after which trainings of that length are compared, the last one the whole training."""
+    return tuple(epochs // REDUCTION**left for left in reversed(range(NUM_RUNGS)))
+
+
+def stopping(rung: int, epochs: int) -> dict[str, dict[str, int]]:
+    """The settings of a candidate that is trained up to a rung."""
+    return {"train": {"stop_after": rung}} if rung < epochs else {}
+
+
+def halving_plan(number: int, rungs: Sequence[int], what: str) -> str:
     from search.strategies.halving import rung_sizes
 
-    sizes = rung_sizes(options.recipes, NUM_RUNGS, REDUCTION)
-    rounds = ", ".join(f"{size} to epoch {rung}" for size, rung in zip(sizes, options.rungs, strict=True))
-    return f"successive halving of {options.recipes} recipes: {rounds}"
+    sizes = rung_sizes(number, len(rungs), REDUCTION)
+    rounds = ", ".join(f"{size} to epoch {rung}" for size, rung in zip(sizes, rungs, strict=True))
+    return f"successive halving of {number} {what}: {rounds}"

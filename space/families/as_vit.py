@@ -120,6 +120,25 @@ def _integers(field: str, where: str, names: tuple[str, ...], num_required: int)
     return tuple(map(int, words))
 
 
+def explain(text: str) -> list[str]:
+    """The numbers of a string in words, a line for each stage; raises SpecError as `Network.parse` does."""
+    network = Network.parse(text)
+    lines = [
+        "K,S,E,L of each stage, then H,C (L is 1 and C is 32 where they are left out):",
+        f"{'stage':<7}{'K kernel':<25}{'S windows':<11}{'E feed-forward':<16}{'L blocks':>8}{'width':>7}{'heads':>6}",
+    ]
+    columns = (network.kernels, network.splits, network.expansions, network.depths, network.embed_dims, network.heads)
+    for stage, (kernel, splits, expansion, depth, width, heads) in enumerate(zip(*columns, strict=True), 1):
+        entry = f"{kernel} x {kernel} {'pixels, stride 4' if stage == 1 else 'merging, stride 2'}"
+        windows, wide = f"{splits} x {splits}", f"{expansion} x width"
+        lines.append(f"{stage:<7}{entry:<25}{windows:<11}{wide:<16}{depth:>8}{width:>7}{heads:>6}")
+    return [
+        *lines,
+        f"H = {network.num_heads} heads in the last stage, half as many in each one before;",
+        f"C = {network.embed_dim} channels in the first stage, doubled in each one after, up to {MAX_EMBED_DIM}.",
+    ]
+
+
 SEED = Network.parse("8,2,3|4,1,2|4,1,4|4,1,6|32")
 ASVIT_SMALL = Network.parse("8,2,3,3|4,1,2,1|4,1,4,4|4,1,6,2|32,88")
 ASVIT_BASE = Network.parse("8,2,3,3|4,1,2,1|4,1,4,5|4,1,6,2|32,116")
@@ -280,5 +299,6 @@ def as_vit() -> Family:
             for name, (summary, network) in published.items()
         },
         read=lambda text: spec(Network.parse(text), img_size=224),
+        explain=explain,
         spaces={"as_vit/topology": topology_space, "as_vit/growth": growth_space},
     )

@@ -1,9 +1,12 @@
 """Speed and size of a network where it runs: the one place that benchmark numbers come from.
 
 Latency is the wall time of one forward pass of a batch, the device synchronised at both ends of every run: the median
-over the runs, with the interquartile range as its spread. `memory_mb` is the peak of what the tensors of one forward
+over the runs, with the quartiles as its spread. Where the middle half of the runs spreads over more than `NOISY_SPREAD` of the
+median, the measurement is noisy, and a warning says so. `memory_mb` is the peak of what the tensors of one forward
 pass occupy, weights and input included, in 1e6 bytes: the allocator's own count on CUDA; on the CPU, where there is
 none, the count of the storages that are alive after each operator, without the scratch space inside operators.
+
+The artifact `profile.json` holds what the times were measured under (batch size, precision, threads, device) and the time of every run.
 """
 
 from __future__ import annotations
@@ -20,13 +23,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from results.records import Metric
+from results.records import Metric, write_json_atomically
 from space.cost import cost
 from space.model import Model, build_model
-from workers.evaluator import Context, evaluator
+from workers.evaluator import ARTIFACTS, Context, evaluator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_RUNS = 30
+NOISY_SPREAD = 0.1
+"""Interquartile range relative to the median. An idle machine stays below; another program on the same cores does not."""
+PROFILE = "profile.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,8 @@ class ProfileSettings:
         Metric("gmacs", "minimize", "multiply-adds for one image, 1e9"),
         Metric("latency_ms", "minimize", "forward pass of a batch, median"),
         Metric("latency_iqr_ms", "minimize", "forward pass of a batch, interquartile range"),
+        Metric("latency_q1_ms", "minimize", "forward pass of a batch, lower quartile"),
+        Metric("latency_q3_ms", "minimize", "forward pass of a batch, upper quartile"),
         Metric("throughput_img_s", "maximize", "images a second at the median latency"),
         Metric("memory_mb", "minimize", "peak memory of tensors in one forward pass, 1e6 bytes"),
     ),
@@ -74,11 +82,26 @@ def profile(model: Model, context: Context, settings: ProfileSettings) -> Mappin
             network(images)
         latencies_ms = [_latency_ms(network, images) for _ in range(settings.num_runs)]
     lower, median, upper = statistics.quantiles(latencies_ms, n=4)
+    is_noisy = upper - lower > NOISY_SPREAD * median
+    if is_noisy:
+        spread = f"{100 * NOISY_SPREAD:.0f} %"
+        context.warn(f"latency_ms is noisy: the middle half of the runs spreads over more than {spread} of their median")
+    circumstances = {
+        "batch_size": settings.batch_size,
+        "precision": settings.precision,
+        "threads": torch.get_num_threads(),
+        "device": context.device,
+        "num_warmup": settings.num_warmup,
+        "is_noisy": is_noisy,
+    }
+    write_json_atomically(context.workdir / ARTIFACTS / PROFILE, {**circumstances, "latencies_ms": latencies_ms})
     return {
         "params_m": counted.params / 1e6,
         "gmacs": counted.macs / 1e9,
         "latency_ms": median,
         "latency_iqr_ms": upper - lower,
+        "latency_q1_ms": lower,
+        "latency_q3_ms": upper,
         "throughput_img_s": settings.batch_size * 1e3 / median,
         "memory_mb": peak_bytes / 1e6,
     }
