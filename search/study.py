@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 FITTED = 2
 """The defaults of studies whose networks have the classes of their data; those before are 1."""
 
+CONVERGING = 3
+"""The defaults of ablations whose trainings on digits are long enough to converge."""
+
 SETTINGS_ATTRIBUTE = "settings"
 IDENTITY_ATTRIBUTE = "study_id"
 DEFAULT_DATA = "digits"
@@ -65,7 +68,7 @@ class RunSettings:
     img_size: int | None = None
     proxy_img_size: int | None = None
     num_classes: int | None = None
-    defaults: int = FITTED
+    defaults: int = CONVERGING
     data: str = DEFAULT_DATA
     budget: Budget = UNLIMITED
     strategy: str | None = None

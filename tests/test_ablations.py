@@ -195,7 +195,7 @@ def test_what_a_model_cannot_have_is_left_out_with_a_sentence_or_refused_by_name
         ({"seeds": 0, "linear_probe": True, "level": ("optimizer=lion",)}, "optimizer would not be varied"),
         ({"seeds": -1}, "--seeds is -1; at least 0"),
         ({"seeds": 0}, "nothing to train"),
-        ({"epochs": 0}, "--epochs is 0"),
+        ({"epochs": -1}, "--epochs is -1"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(options: dict, words: str):

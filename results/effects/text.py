@@ -6,6 +6,7 @@ import math
 import textwrap
 from typing import TYPE_CHECKING
 
+from results.effects.convergence import MAX_LOSS_FALL
 from results.effects.study import EFFECTS_FILE, Effects
 from results.formats import count, format_effect, format_interval, format_mean
 
@@ -66,8 +67,11 @@ def reading_notes(table: pd.DataFrame) -> list[str]:
         f"p: {test} over seeds",
         f"primary: one contrast of each factor{named}; the others are Holm-corrected per factor and outcome",
         "no harm, no difference: 90 % interval within the margin, not corrected for their number",
-        "MDE: smallest effect found with 80 % power at alpha / family size, over seeds | over images; -: none can be found",
+        "MDE: smallest effect that is shown with 80 % power, by test at alpha / family size and interval together; -: none can be shown",
+        f"not converged: an arm's training loss fell by more than {MAX_LOSS_FALL:g} nats from the third quarter of its epochs to the last",
     ]
+    if table["is_converged"].isna().loc[table["n_seeds"] > 0].any():
+        notes.append("some training losses were not kept: whether those arms converged is not known")
     majority = table["majority_pct"].dropna()
     if len(majority):
         notes.append(f"always guessing the most frequent class of the test set: {majority.iloc[0]:.2f} % top-1")
@@ -99,7 +103,7 @@ def effects_text(table: pd.DataFrame) -> str:
                 f"{format_effect(row['effect'], row['unit'])} {row['unit']}".rstrip(),
                 _narrow(row["p"]),
                 "" if row["is_primary"] else _narrow(row["p_holm"]),
-                " | ".join(format_effect(row[key], row["unit"]).lstrip("+") for key in ("mde_seeds", "mde_images")),
+                format_effect(row["mde"], row["unit"]).lstrip("+"),
                 format_effect(row["published"], row["unit"]),
                 str(row["n_seeds"]),
             ]

@@ -43,7 +43,12 @@ def _finding(row: Mapping[str, Any]) -> list[str]:
     narrow = f"90 % interval {format_interval(row['low_90'], row['high_90'], row['unit'])}"
     margin = f"{row['margin']:g} point{'' if row['margin'] == 1 else 's'}"
     equivalent = f"no difference of more than {margin}: {narrow}"
-    if row["is_shown"]:
+    if row["is_converged"] is False:
+        parts = [
+            f"not converged, so nothing is shown: the training loss still fell ({row['unconverged']} nats)",
+            f"after these epochs {better} by {size}, {interval}, {test}",
+        ]
+    elif row["is_shown"]:
         parts = [f"{better} by {size}: {interval}, {test}"]
     elif row["rejected"]:
         parts = [f"{better} by {size} on these test images, {test}; the interval over other images includes 0: {interval}"]
@@ -61,6 +66,8 @@ def _finding(row: Mapping[str, Any]) -> list[str]:
         parts.append(equivalent)
     elif row["no_harm"] and not row["equivalent"] and not (row["is_shown"] and better == "better"):
         parts.append(f"no harm of more than {margin}: {narrow}")
+    if not math.isnan(row["p_mcnemar"]):
+        parts.append(f"McNemar's test of these two networks, for other images and not for other trainings: p {row['p_mcnemar']:.2g}, uncorrected")
     return parts
 
 
