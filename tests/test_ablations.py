@@ -34,7 +34,7 @@ from search.registration import register
 from search.storage import open_storage
 from search.strategies.grid import Grid
 from search.studies.ablations import LEVELS, AblationOptions, cells
-from search.study import DESIGNS_ATTRIBUTE, Need, RunSettings, SettingsError, Study, phase_settings, studies
+from search.study import DESIGNS_ATTRIBUTE, FITTED, Need, RunSettings, SettingsError, Study, open_phase, phase_settings, studies
 from space.registry import SpecError
 from space.search_space import Candidate
 
@@ -91,6 +91,30 @@ def test_the_learning_rate_changes_against_the_weight_decay_so_that_their_produc
 
 def test_digits_are_not_mirrored():
     assert not candidate(make(), "mixing", "none").recipe.flip
+
+
+def test_digits_are_trained_until_they_converge_and_not_cropped():
+    recipe = candidate(make(), "mixing", "none").recipe
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.crop) == (60, 6.0, "none")
+    assert candidate(make(epochs=7), "mixing", "none").recipe.epochs == 7
+    images = make(data="torchvision:cifar10:/data")
+    assert (candidate(images, "mixing", "none").recipe.epochs, candidate(images, "mixing", "none").recipe.crop) == (20, "pad")
+
+
+def test_a_study_that_was_made_with_the_old_defaults_keeps_them(tmp_path: Path):
+    """The recipe of a study of before November 2026, as it was stored with it."""
+    old = {"epochs": 20, "batch_size": 32, "lr": 3e-3, "min_lr": 3e-5, "flip": False}
+    for defaults in (1, FITTED):
+        study = make(run={"defaults": defaults})
+        recipe = candidate(study, "mixing", "none").recipe
+        assert recipe.to_json() == old
+        settings = RunSettings(study="ablations", runs=tmp_path / str(defaults), defaults=defaults, options=AblationOptions())
+        phase = study.phase("train")
+        open_phase("ablations/train", phase, settings, "digits", open_storage(settings.runs / "optuna.journal"))
+        resumed = fitted(dataclasses.replace(settings, defaults=RunSettings.defaults), fresh=False)
+        assert studies.get("ablations")(resumed).phase("train").example.recipe == phase.example.recipe
+        anew = fitted(dataclasses.replace(settings, defaults=RunSettings.defaults), fresh=True)
+        assert studies.get("ablations")(anew).phase("train").example.recipe != phase.example.recipe
 
 
 def test_a_study_of_other_factors_and_seeds_is_the_same_study():

@@ -81,8 +81,8 @@ def train(
     newer than those in `workdir`. If there is none to go on from, it warns and trains from the beginning; the result is the same.
 
     Reports `train_loss`, what the objective validates (`val_top1_pct` and `val_nll` of classification), `lr`, `lr_x_weight_decay`,
-    `images_per_s` and `data_wait_pct` after each epoch, and its progress, which is 1 at the stop. Raises SpecError where model, recipe, data, objective
-    and stop do not fit one another, and EvaluationError `non_finite` naming the step and the last good checkpoint.
+    `images_per_s` and `data_wait_pct` after each epoch, and its progress, which is 1 at the stop. Raises SpecError where model, recipe,
+    data, objective and stop do not fit one another, and EvaluationError `non_finite` naming the step and the last good checkpoint.
     """
     check_recipe(model, recipe, num_processes=process.world_size)
     check_stop(recipe, stop_after)

@@ -22,7 +22,7 @@ MIN_EPOCHS = 8
 
 
 def loss_fall(losses: Sequence[float] | np.ndarray) -> float:
-    """By how many nats the mean loss of the last quarter of the epochs `(E,)` is below that of the quarter before; nan if E is too small."""
+    """By how many nats the mean loss of the last quarter of the epochs `(E,)` is below that of the quarter before; nan if E is small."""
     losses = np.asarray(losses, dtype=float)
     quarter = len(losses) // 4
     if len(losses) < MIN_EPOCHS:

@@ -77,9 +77,7 @@ def read_predictions(path: Path) -> Predictions:
                 raise ValueError(f"{beside.name}: {name} is {correct.shape} for {len(ids)} images at {len(levels)} levels")
             outcomes[f"{name}_auc"] = area_pct(levels, correct)[order]
             curves[name] = levels, correct.mean(axis=0)
-    return Predictions(
-        ids=ids, labels=labels, outcomes=outcomes, curves=curves, num_classes=logits.shape[1], train_loss=train_loss
-    )
+    return Predictions(ids=ids, labels=labels, outcomes=outcomes, curves=curves, num_classes=logits.shape[1], train_loss=train_loss)
 
 
 def _arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:

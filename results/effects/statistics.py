@@ -421,7 +421,8 @@ def mcnemar_test(first: np.ndarray, second: np.ndarray) -> float:
 
     first, second = np.asarray(first), np.asarray(second)
     if first.shape != second.shape or first.ndim != 1 or (first.dtype, second.dtype) != (bool, bool):
-        raise ValueError(f"needs two arrays of truth values over the same images, got {first.dtype} {first.shape}, {second.dtype} {second.shape}")
+        got = f"{first.dtype} {first.shape}, {second.dtype} {second.shape}"
+        raise ValueError(f"needs two arrays of truth values over the same images, got {got}")
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     return float(binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
 

@@ -199,7 +199,7 @@ def _row(tested: _Tested, contrast: Contrast, outcome: Metric, design: Design) -
     row |= {"n_images": mean.shape[1], "majority_pct": _majority_pct(tested.labels)}
     row |= {"mean": float(mean.mean()), "baseline_mean": float(baseline.mean())}
     if len(seeds) == len(treated) == 1 and outcome.name == "top1_pct":
-        row["p_mcnemar"] = mcnemar_test(mean[0] > 0, baseline[0] > 0)
+        row["p_mcnemar"] = mcnemar_test(mean[0] > 50, baseline[0] > 50)
     return row, mean - baseline
 
 

@@ -66,8 +66,6 @@ def _finding(row: Mapping[str, Any]) -> list[str]:
         parts.append(equivalent)
     elif row["no_harm"] and not row["equivalent"] and not (row["is_shown"] and better == "better"):
         parts.append(f"no harm of more than {margin}: {narrow}")
-    if not math.isnan(row["p_mcnemar"]):
-        parts.append(f"McNemar's test of these two networks, for other images and not for other trainings: p {row['p_mcnemar']:.2g}, uncorrected")
     return parts
 
 
@@ -79,6 +77,8 @@ def _limits(row: Mapping[str, Any], design: Design) -> list[str]:
         needed = row["n_seeds"] + math.ceil(math.log2(smallest / design.alpha))
         held = f"smallest {'p' if row['is_primary'] else 'Holm p'} {min(smallest, 1):.2g}"
         parts.append(f"{count(row['n_seeds'], 'seed')} cannot reject at {design.alpha:g} ({held}), {needed} could")
+    if not math.isnan(row["p_mcnemar"]):
+        parts.append(f"McNemar's test of these two networks, which says nothing of other trainings: p {row['p_mcnemar']:.2g}, uncorrected")
     if row["could_have_seen"] is False:
         parts.append(f"could not have seen the published {format_effect(row['published'], row['unit'])}")
     if row["missing"]:

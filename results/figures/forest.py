@@ -27,7 +27,7 @@ LABEL_WIDTH = 32
 ROW_PIXELS = 34
 GAP_PIXELS = 100
 NAMES = {"primary": "primary contrast", "other": "other contrast", "published": "published effect", "margin": "margin of no harm"}
-NOTE = "filled: the test rejects (Holm-corrected if not primary) and the interval excludes 0; ×: an arm had not converged"
+NOTE = "filled: the test rejects (Holm-corrected if not primary) and the interval excludes 0; a cross: an arm had not converged"
 
 
 def _places(table: pd.DataFrame) -> dict[tuple[str, str], int]:

@@ -167,7 +167,9 @@ def _write_tokens(backbone: nn.Module, path: Path, dataset: DataSet, device: str
         Path(temporary).unlink(missing_ok=True)
 
 
-def _train(probe: nn.Sequential, tokens: Tensor, labels: Tensor, recipe: Recipe, settings: LinearProbeSettings, context: Context) -> list[float]:
+def _train(
+    probe: nn.Sequential, tokens: Tensor, labels: Tensor, recipe: Recipe, settings: LinearProbeSettings, context: Context
+) -> list[float]:
     """Train pooling and head on the tokens `(n, N, C)` of this seed's part of the training images; the mean loss of each epoch."""
     if not any(parameter.requires_grad for parameter in probe[0].parameters()):
         # Nothing to learn in the pooling: the head sees the same vectors in every epoch.
