@@ -19,6 +19,7 @@ from results.effects.statistics import holm, mcnemar_test
 from results.effects.table import effects_table, levels_table
 from results.effects.text import TEXT_WIDTH, effects_text, levels_text, published_sources, reading_notes
 from results.figures.forest import interactive_figure, write_html, write_png
+from results.formats import format_loss_fall
 from results.records import Metric
 
 NUM_IMAGES = 200
@@ -271,6 +272,8 @@ def test_convergence_is_of_the_mean_over_seeds_and_stands_with_the_levels():
     levels = levels_table(one_slow_seed, design(PRIMARY)).set_index("level")
     assert levels["loss_fall"].to_dict() == pytest.approx({"none": 0.0, "mixup": fall})
     assert levels["is_converged"].to_dict() == {"none": True, "mixup": False}
+    assert [format_loss_fall(row) for row in levels.to_dict("records")] == ["0.00", "0.13, not converged"]
+    assert "0.13, not converged" in levels_text(levels.reset_index())
     assert levels_table(trials, design(PRIMARY))["is_converged"].tolist() == [None, None]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from results.effects.convergence import MAX_LOSS_FALL
 from results.effects.study import EFFECTS_FILE, Effects
-from results.formats import count, format_effect, format_interval, format_mean
+from results.formats import count, format_effect, format_interval, format_loss_fall, format_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 TEXT_WIDTH = 120
 _NAME_WIDTH = 27
 _NUMBER_WIDTHS = (15, 14, 8, 7, 14, 10, 6)
-_MAX_LEVEL_OUTCOMES = 4
+_MAX_LEVEL_OUTCOMES = 2
 
 
 def effects_summary(effects: Effects) -> str:
@@ -33,10 +33,10 @@ def effects_summary(effects: Effects) -> str:
 def effects_markdown(effects: Effects) -> str:
     """The levels on the first outcome and the primary contrasts as tables of Markdown."""
     outcome = effects.design.outcomes[0].name
-    lines = [f"| level | {outcome}, mean ± sd | seeds | missing |", "|---|---:|---:|---|"]
+    lines = [f"| level | {outcome}, mean ± sd | loss still fell | seeds | missing |", "|---|---:|---:|---:|---|"]
     for row in effects.levels.loc[effects.levels["outcome"] == outcome].to_dict("records"):
         mean = format_mean(row["mean"], row["sd"], row["unit"])
-        lines.append(f"| {row['factor']}: {row['level']} | {mean} | {row['n_seeds']} | {row['missing']} |")
+        lines.append(f"| {row['factor']}: {row['level']} | {mean} | {format_loss_fall(row)} | {row['n_seeds']} | {row['missing']} |")
     lines += ["", "| primary contrast | outcome | effect | 95 % interval | p | seeds | verdict |", "|---|---|---:|---|---:|---:|---|"]
     for row in effects.table.loc[effects.table["is_primary"]].to_dict("records"):
         numbers = ["-", "-", "-"]
@@ -81,12 +81,13 @@ def reading_notes(table: pd.DataFrame) -> list[str]:
 def levels_text(levels: pd.DataFrame) -> str:
     """A line per level: mean and standard deviation over seeds of the first outcomes, in percent for accuracies."""
     outcomes = list(dict.fromkeys(levels["outcome"]))[:_MAX_LEVEL_OUTCOMES]
-    lines = [f"{'mean ± sd over seeds':<{_NAME_WIDTH}}" + "".join(f"{name:>20}" for name in outcomes) + f"{'seeds':>8}"]
+    lines = [f"{'mean ± sd over seeds':<{_NAME_WIDTH}}" + "".join(f"{name:>20}" for name in outcomes)]
+    lines[0] += f"{'loss still fell':>26}{'seeds':>8}"
     for _, rows in levels.groupby(["factor", "level"], sort=False):
         found = {row["outcome"]: row for row in rows.to_dict("records")}
         label = f"{rows['factor'].iloc[0]}: {rows['level'].iloc[0]}"
         cells = "".join(f"{format_mean(found[name]['mean'], found[name]['sd'], found[name]['unit']):>20}" for name in outcomes)
-        lines.append(f"{label:<{_NAME_WIDTH}}{cells}{found[outcomes[0]]['n_seeds']:>8}")
+        lines.append(f"{label:<{_NAME_WIDTH}}{cells}{format_loss_fall(found[outcomes[0]]):>26}{found[outcomes[0]]['n_seeds']:>8}")
     return "\n".join(lines) + "\n"
 
 

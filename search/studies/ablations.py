@@ -161,6 +161,8 @@ def ablations(run: RunSettings) -> Study:
         poolings = {"pooling": options.wanted("pooling")}
         phases += _probe_phases(run, reference, cells(poolings, _seeds(run.seed, options.probe_seeds)))
         designs["probe"] = ablation_design(poolings, reference.model, has_robustness=False)
+        share = f"{100 * run.call('linear_probe').settings.subsample:g} % of the same training images"
+        notes.append(f"the seeds of the linear probe share one backbone and each have {share}: its effects are those of this backbone")
         notes += _note_on_seeds("--probe-seeds", options.probe_seeds, designs["probe"])
     return Study(phases=tuple(phases), designs=designs, notes=tuple(notes))
 
