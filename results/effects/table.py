@@ -143,7 +143,7 @@ def _on_same_images(cells: Iterable[Cell], absent: Mapping[CellKey, str]) -> _Te
             reasons[key] = str(error)
         else:
             trials[key] = {name: np.asarray(values, dtype=float)[order] for name, values in found.outcomes.items()}
-    falls = {key: loss_fall(by_key[key].predictions.train_loss) for key in trials if by_key[key].predictions.train_loss is not None}
+    falls = {key: loss_fall(losses) for key in trials if (losses := by_key[key].predictions.train_loss) is not None}
     return _Tested(trials=trials, absent=reasons, labels=first.labels, loss_falls=falls)
 
 
