@@ -25,8 +25,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 search: setup ## the main job: a small As-ViT search with growth, to a printed leaderboard
 	$(BIN)/python search/run.py as_vit --trials 60 --img-size 224 --proxy-img-size 64 --max-params-m 12
 
-ablations: setup ## which pooling pays off on digits: seven poolings, three paired seeds, effects with intervals
-	$(BIN)/python search/run.py ablations --factor pooling --data digits --seeds 3 --epochs 20
+ablations: setup ## which pooling pays off on digits: seven poolings, three paired seeds, effects with intervals; some 7 minutes
+	$(BIN)/python search/run.py ablations --factor pooling --data digits --seeds 3
 
 smoke: setup ## a study of seconds, to try the installation
 	$(BIN)/python search/run.py smoke

@@ -45,6 +45,14 @@ def format_mean(mean: float, sd: float, unit: str) -> str:
     return "-" if math.isnan(mean) else f"{mean:.{decimals}f}" + ("" if math.isnan(sd) else f" ± {sd:.{decimals}f}")
 
 
+def format_loss_fall(row: Mapping[Any, Any]) -> str:
+    """How much a level's training loss still fell, in nats, and the conclusion if it had not converged; `-` if it was not kept."""
+    if math.isnan(row["loss_fall"]):
+        return "-"
+    # Adding 0 takes the sign off a zero.
+    return f"{round(row['loss_fall'], 2) + 0:.2f}" + ("" if row["is_converged"] else ", not converged")
+
+
 def _decimals(unit: str) -> int:
     return 2 if unit in ("%", "points") else 3
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from results.effects.text import published_sources, reading_notes
 from results.figures import forest, leaderboard, web
 from results.figures.leaderboard import MAX_PLOTTED, Panel
-from results.formats import format_effect, format_interval, format_mean, format_tau, format_value
+from results.formats import format_effect, format_interval, format_loss_fall, format_mean, format_tau, format_value
 from results.records import stderr_name
 from results.study_results import agreement, family
 from results.text import SHORT_DIGEST
@@ -100,7 +100,7 @@ def _section(results: StudyResults, phase: str, row: list[Panel]) -> str:
 def _effects(effects: Effects) -> str:
     """Mean and spread of every level, the forest plot, and a row per contrast, primary ones first."""
     figure = forest.charts(effects.table) if effects.is_measured else ""
-    names = ("effect", "95 % interval", "p", "Holm p", "90 % interval", "MDE, seeds", "MDE, images", "published", "seeds")
+    names = ("effect", "95 % interval", "p", "Holm p", "90 % interval", "MDE", "published", "seeds")
     heads = "".join(f'<th class="text">{name}</th>' for name in ("contrast", "outcome", "verdict"))
     heads += "".join(f"<th>{name}</th>" for name in names)
     lines = []
@@ -112,8 +112,7 @@ def _effects(effects: Effects) -> str:
             cells = [f"{format_effect(row['effect'], unit)} {unit}", format_interval(row["low"], row["high"], unit)]
             cells += [format_value(row["p"], 2) + side, format_value(row["p_holm"], 2)]
             cells.append(format_interval(row["low_90"], row["high_90"], unit))
-            cells += [format_effect(row[name], unit).lstrip("+") for name in ("mde_seeds", "mde_images")]
-            cells += [format_effect(row["published"], unit), str(row["n_seeds"])]
+            cells += [format_effect(row["mde"], unit).lstrip("+"), format_effect(row["published"], unit), str(row["n_seeds"])]
         head = f'<td class="wrap">{escape(row["factor"])}: {escape(row["contrast"])}</td><td class="text">{escape(row["outcome"])}</td>'
         head += f'<td class="wrap verdict">{escape(row["verdict"])}</td>'
         primary = ' class="front"' if row["is_primary"] else ""
@@ -132,9 +131,10 @@ def _levels(effects: Effects) -> str:
         cells = "".join(f"<td>{format_mean(row['mean'], row['sd'], row['unit'])}</td>" for row in rows.to_dict("records"))
         first = rows.iloc[0]
         text = f'<td class="text">{escape(first["factor"])}: {escape(first["level"])}</td>'
-        lines.append(f'<tr>{text}{cells}<td>{first["n_seeds"]}</td><td class="text">{escape(first["missing"])}</td></tr>')
+        cells += f"<td>{format_loss_fall(first)}</td><td>{first['n_seeds']}</td>"
+        lines.append(f'<tr>{text}{cells}<td class="text">{escape(first["missing"])}</td></tr>')
     heads = '<th class="text">level: mean ± sd over seeds</th>' + "".join(f"<th>{escape(name)}</th>" for name in outcomes)
-    heads += '<th>seeds</th><th class="text">missing</th>'
+    heads += '<th>loss still fell</th><th>seeds</th><th class="text">missing</th>'
     return f'<div class="scroll narrow"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 

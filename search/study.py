@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 FITTED = 2
 """The defaults of studies whose networks have the classes of their data; those before are 1."""
 
+CONVERGING = 3
+"""The defaults of ablations whose trainings on digits are long enough to converge."""
+
 SETTINGS_ATTRIBUTE = "settings"
 IDENTITY_ATTRIBUTE = "study_id"
 DEFAULT_DATA = "digits"
@@ -66,7 +69,7 @@ class RunSettings:
     img_size: int | None = None
     proxy_img_size: int | None = None
     num_classes: int | None = None
-    defaults: int = FITTED
+    defaults: int = CONVERGING
     data: str = DEFAULT_DATA
     budget: Budget = UNLIMITED
     strategy: str | None = None
@@ -264,8 +267,8 @@ def study(name: str, *, options: type[Options] = Options) -> Callable[[Callable[
 
     `options` is a frozen keyword-only dataclass derived from `Options`. Its fields, each with a default, become the study's own flags.
     A field is `str`, `int`, `float`, `bool` or, for a flag that may be repeated, `tuple[str, ...]`. Its metadata declares the rest:
-    `field(default=3, metadata={"help": "paired trainings", "at_least": 0})`. "help" explains the flag, "metavar" stands for the text behind it;
-    "at_least" or "above" is the lower bound of a finite number, which `Options` checks. An instance arrives as `RunSettings.options`.
+    `field(default=3, metadata={"help": "paired trainings", "at_least": 0})`. "help" explains the flag, "metavar" stands for the
+    text behind it; "at_least" or "above" is the lower bound of a finite number, which `Options` checks. An instance arrives as `RunSettings.options`.
     """
 
     def register(make: Callable[[RunSettings], Study]) -> Callable[[RunSettings], Study]:

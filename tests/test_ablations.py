@@ -34,7 +34,7 @@ from search.registration import register
 from search.storage import open_storage
 from search.strategies.grid import Grid
 from search.studies.ablations import LEVELS, AblationOptions, cells
-from search.study import DESIGNS_ATTRIBUTE, Need, RunSettings, SettingsError, Study, phase_settings, studies
+from search.study import DESIGNS_ATTRIBUTE, FITTED, Need, RunSettings, SettingsError, Study, open_phase, phase_settings, studies
 from space.registry import SpecError
 from space.search_space import Candidate
 
@@ -91,6 +91,30 @@ def test_the_learning_rate_changes_against_the_weight_decay_so_that_their_produc
 
 def test_digits_are_not_mirrored():
     assert not candidate(make(), "mixing", "none").recipe.flip
+
+
+def test_digits_are_trained_until_they_converge_and_not_cropped():
+    recipe = candidate(make(), "mixing", "none").recipe
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.crop) == (60, 6.0, "none")
+    assert candidate(make(epochs=7), "mixing", "none").recipe.epochs == 7
+    images = make(data="torchvision:cifar10:/data")
+    assert (candidate(images, "mixing", "none").recipe.epochs, candidate(images, "mixing", "none").recipe.crop) == (20, "pad")
+
+
+def test_a_study_that_was_made_with_the_old_defaults_keeps_them(tmp_path: Path):
+    """The recipe of a study of before November 2026, as it was stored with it."""
+    old = {"epochs": 20, "batch_size": 32, "lr": 3e-3, "min_lr": 3e-5, "flip": False}
+    for defaults in (1, FITTED):
+        study = make(run={"defaults": defaults})
+        recipe = candidate(study, "mixing", "none").recipe
+        assert recipe.to_json() == old
+        settings = RunSettings(study="ablations", runs=tmp_path / str(defaults), defaults=defaults, options=AblationOptions())
+        phase = study.phase("train")
+        open_phase("ablations/train", phase, settings, "digits", open_storage(settings.runs / "optuna.journal"))
+        resumed = fitted(dataclasses.replace(settings, defaults=RunSettings.defaults), fresh=False)
+        assert studies.get("ablations")(resumed).phase("train").example.recipe == phase.example.recipe
+        anew = fitted(dataclasses.replace(settings, defaults=RunSettings.defaults), fresh=True)
+        assert studies.get("ablations")(anew).phase("train").example.recipe != phase.example.recipe
 
 
 def test_a_study_of_other_factors_and_seeds_is_the_same_study():
@@ -195,7 +219,7 @@ def test_what_a_model_cannot_have_is_left_out_with_a_sentence_or_refused_by_name
         ({"seeds": 0, "linear_probe": True, "level": ("optimizer=lion",)}, "optimizer would not be varied"),
         ({"seeds": -1}, "--seeds is -1; at least 0"),
         ({"seeds": 0}, "nothing to train"),
-        ({"epochs": 0}, "--epochs is 0"),
+        ({"epochs": -1}, "--epochs is -1"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(options: dict, words: str):
@@ -231,8 +255,10 @@ def test_the_probe_needs_the_backbone_and_is_a_design_of_its_own():
     assert study.phase("probe").needs == (Need("backbone"),)
     assert set(study.designs) == {"probe"}
     assert primary(study, "probe") == {"pooling": "ggem - mean"}
-    assert study.notes == ("--probe-seeds 4 is enough for intervals; the exact test can reject every contrast from --probe-seeds 9 on",)
-    assert not [note for note in make(linear_probe=True, seeds=9).notes if "seeds" in note]
+    shared = "the seeds of the linear probe share one backbone and each have 90 % of the same training images: its effects are those of"
+    enough = "--probe-seeds 4 is enough for intervals; the exact test can reject every contrast from --probe-seeds 9 on"
+    assert study.notes == (f"{shared} this backbone", enough)
+    assert not [note for note in make(linear_probe=True, seeds=9).notes if "seeds" in note and not note.startswith(shared)]
     empty = optuna.create_study()
     assert isinstance(grid := study.phase("train").propose({}), Grid)
     assert grid.next_batch(empty) is None

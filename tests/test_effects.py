@@ -13,13 +13,15 @@ import pandas as pd
 import pytest
 
 from results.columns import TEXT_WIDTH
+from results.effects.convergence import MAX_LOSS_FALL, loss_fall
 from results.effects.design import Contrast, Design
 from results.effects.predictions import Cell, Predictions, read_predictions
-from results.effects.statistics import holm
+from results.effects.statistics import holm, mcnemar_test
 from results.effects.table import effects_table, levels_table
 from results.effects.text import effects_text, levels_text, published_sources, reading_notes
 from results.figures.forest import panel_figures, write_html, write_png
 from results.figures.style import PAPER
+from results.formats import format_loss_fall
 from results.records import Metric
 
 NUM_IMAGES = 200
@@ -161,15 +163,29 @@ def test_three_seeds_say_that_they_cannot_reject(alternative: str, smallest: flo
     assert f"3 seeds cannot reject at 0.05 (smallest p {smallest:.2g}), {needed} could" in found["verdict"]
     assert found["verdict"].startswith("inconclusive: interval [")
     assert found["could_have_seen"] is False
-    assert found["mde_seeds"] == math.inf
+    assert found["mde"] == found["mde_seeds"] == math.inf
     assert plan.num_seeds_needed == needed
 
 
 def test_one_seed_has_an_interval_of_images_and_nothing_over_seeds():
     found = effects_table(cells({"none": 0, "mixup": 20}, 1), design(PRIMARY)).iloc[0]
     assert "over images only excludes 0, p 1 does not reject; 1 seed cannot reject" in found["verdict"]
-    assert found["mde_seeds"] == math.inf
+    assert found["mde"] == found["mde_seeds"] == math.inf
     assert math.isnan(found["equivalent_p"])
+
+
+def test_two_networks_of_one_seed_are_compared_by_mcnemar():
+    generator = np.random.default_rng(0)
+    right = {level: generator.random(NUM_IMAGES) < share for level, share in (("none", 0.6), ("mixup", 0.8), ("cutmix", 0.6))}
+    trials = [trial(level, 0, 100.0 * is_right) for level, is_right in right.items()]
+    plan = design(PRIMARY, Contrast(factor="mixing", levels=("mixup", "cutmix"), baseline="none", outcome="top1_pct"))
+    pair, mean = effects_table(trials, plan, num_resamples=200).to_dict("records")
+    assert pair["p_mcnemar"] == mcnemar_test(right["mixup"], right["none"]) < 0.01
+    assert f"McNemar's test of these two networks, which says nothing of other trainings: p {pair['p_mcnemar']:.2g}" in pair["verdict"]
+    assert not pair["is_shown"]
+    assert math.isnan(mean["p_mcnemar"]), "a mean over networks is not a network"
+    of_two_seeds = effects_table([*trials, *(dataclasses.replace(one, seed=1) for one in trials)], plan, num_resamples=200)
+    assert of_two_seeds["p_mcnemar"].isna().all()
 
 
 def test_whether_the_published_effect_could_have_been_seen():
@@ -179,9 +195,97 @@ def test_whether_the_published_effect_could_have_been_seen():
 
     trials = cells({"none": 0, "mixup": 0}, 8, noise=8.0)
     row = effects_table(trials, design(PRIMARY), num_resamples=100).iloc[0]
-    limit = max(row["mde_seeds"], row["mde_images"])
+    limit = row["mde"]
+    assert limit > max(row["mde_seeds"], row["mde_images"]), "the rule asks for the test and for the interval"
     assert (seen(1.01 * limit), seen(-1.01 * limit), seen(0.99 * limit)) == (True, True, False)
     assert row["could_have_seen"] is None
+
+
+def learning(trials: list[Cell], **losses: list[float]) -> list[Cell]:
+    """The trials with the training losses of their levels."""
+    return [
+        dataclasses.replace(one, predictions=dataclasses.replace(one.predictions, train_loss=np.array(losses[one.level])))
+        if one.level in losses
+        else one
+        for one in trials
+    ]
+
+
+DONE, STILL_LEARNING = [2.0] * 10 + [0.5] * 10, np.linspace(2.0, 1.0, 20).tolist()
+
+
+def test_convergence_is_the_fall_between_the_last_two_quarters():
+    assert loss_fall([9.0, 9.0, 9.0, 9.0, 2.0, 1.0, 0.75, 0.25]) == 1.0
+    assert loss_fall([9.0, *[1.0] * 8, *[0.5] * 2]) == 0.5, "of 11 epochs, quarters are two epochs: the last four count"
+    assert math.isnan(loss_fall(DONE[:7]))
+    assert math.isnan(loss_fall([math.nan] * 10 + DONE[:4]))
+    assert loss_fall([math.nan] * 4 + DONE[-10:]) == 0.0, "what came before does not matter"
+
+
+def test_a_cosine_that_ends_flat_does_not_hide_that_the_loss_was_falling():
+    """The loss falls with the area under the rate, which a cosine spends before its end; a tenth of the epochs later it is flat."""
+    rate = (1 + np.cos(np.pi * np.arange(20) / 19)) / 2
+    losses = 2.3 - 2.0 * rate.cumsum() / rate.sum()
+    assert losses[-2] - losses[-1] < 0.01
+    assert loss_fall(losses) > MAX_LOSS_FALL
+
+
+def test_an_arm_that_still_learns_shows_nothing_and_claims_no_bound():
+    trials = cells({"none": 0, "mixup": 2.5, "cutmix": 0.0}, 8)
+    plan = design(PRIMARY, against_none("cutmix"))
+    unknown = effects_table(trials, plan)
+    done = effects_table(learning(trials, none=DONE, mixup=DONE, cutmix=DONE), plan)
+    learns = effects_table(learning(trials, none=DONE, mixup=STILL_LEARNING, cutmix=STILL_LEARNING), plan)
+    for table, is_converged in ((unknown, [None, None]), (done, [True, True]), (learns, [False, False])):
+        assert table["is_converged"].tolist() == is_converged
+        assert table["p"].tolist() == unknown["p"].tolist(), "the flag changes no test"
+    assert done["verdict"].tolist() == unknown["verdict"].tolist()
+    assert done["is_shown"].tolist() == [True, False]
+    assert done["equivalent"].tolist() == [False, True]
+    assert not learns[["is_shown", "no_harm", "equivalent"]].any(axis=None)
+    assert learns["unconverged"].tolist() == ["mixup 0.26", "cutmix 0.26"]
+    better, neither = learns["verdict"]
+    nothing = "not converged, so nothing is shown: the training loss still fell"
+    assert better.startswith(f"{nothing} (mixup 0.26 nats); after these epochs better by 2.")
+    assert neither.startswith(f"{nothing} (cutmix 0.26 nats)")
+    assert "shown" not in better.removeprefix(nothing)
+    assert "no difference" not in neither
+
+
+def test_one_arm_that_still_learns_is_enough_and_unknown_arms_are_unknown():
+    trials = cells({"none": 0, "mixup": 1, "cutmix": 1}, 6)
+    plan = design(Contrast(factor="mixing", levels=("mixup", "cutmix"), baseline="none", outcome="top1_pct", is_primary=True))
+    of_one = effects_table(learning(trials, none=DONE, mixup=DONE, cutmix=STILL_LEARNING), plan, num_resamples=200).iloc[0]
+    assert (of_one["is_converged"], of_one["unconverged"]) == (False, "cutmix 0.26")
+    partly = effects_table(learning(trials, none=DONE, mixup=STILL_LEARNING), plan, num_resamples=200)
+    assert partly["is_converged"].tolist() == [False]
+    partly = effects_table(learning(trials, none=DONE, mixup=DONE), plan, num_resamples=200)
+    assert partly["is_converged"].tolist() == [None]
+    assert "whether those arms converged is not known" in " ".join(reading_notes(partly))
+
+
+def test_convergence_is_of_the_mean_over_seeds_and_stands_with_the_levels():
+    trials = cells({"none": 0, "mixup": 1}, 2)
+    one_slow_seed = [
+        *learning([one for one in trials if one.seed == 0], none=DONE, mixup=STILL_LEARNING),
+        *learning([one for one in trials if one.seed == 1], none=DONE, mixup=DONE),
+    ]
+    fall = loss_fall(STILL_LEARNING) / 2
+    levels = levels_table(one_slow_seed, design(PRIMARY)).set_index("level")
+    assert levels["loss_fall"].to_dict() == pytest.approx({"none": 0.0, "mixup": fall})
+    assert levels["is_converged"].to_dict() == {"none": True, "mixup": False}
+    assert [format_loss_fall(row) for row in levels.to_dict("records")] == ["0.00", "0.13, not converged"]
+    assert "0.13, not converged" in levels_text(levels.reset_index())
+    assert levels_table(trials, design(PRIMARY))["is_converged"].tolist() == [None, None]
+
+
+def test_how_arms_compare_says_nothing_of_their_convergence():
+    """A6 of the protocol: a check that looked at the ordering would manufacture the result."""
+    trials = learning(cells({"none": 0, "mixup": 30}, 6), none=DONE, mixup=STILL_LEARNING)
+    for effect in (-30.0, 0.0, 30.0):
+        others = learning(cells({"none": 0, "mixup": effect}, 6), none=DONE, mixup=STILL_LEARNING)
+        flags = [effects_table(made, design(PRIMARY), num_resamples=100)["unconverged"].tolist() for made in (trials, others)]
+        assert flags[0] == flags[1] == ["mixup 0.26"]
 
 
 def test_the_mean_of_levels_against_the_baseline():
@@ -344,7 +448,10 @@ def test_a_design_needs_a_level_and_a_margin(options: dict[str, float]):
 def test_predictions_are_read_as_accuracy_likelihood_and_areas(tmp_path: Path):
     logits = np.array([[2.0, 0, 0], [0, 1000, 0], [0, 0, 0]], dtype=np.float32)
     np.savez(tmp_path / "predictions.npz", ids=np.array([7, 3, 5]), labels=np.array([0, 0, 2]), logits=logits)
-    assert set(read_predictions(tmp_path / "predictions.npz").outcomes) == {"top1_pct", "nll"}
+    old = read_predictions(tmp_path / "predictions.npz")
+    assert (set(old.outcomes), old.train_loss) == ({"top1_pct", "nll"}, None)
+    stored = dict(np.load(tmp_path / "predictions.npz"))
+    np.savez(tmp_path / "predictions.npz", **stored, train_loss=np.array([2.0, 1.0]))
     correct = np.array([[True, True, False], [True, False, False], [True, True, True]])
     curve = {"patch_mix": correct, "patch_mix_levels": np.array([0.0, 0.2, 0.5])}
     np.savez(tmp_path / "robustness.npz", ids=np.array([3, 5, 7]), **curve)
@@ -357,6 +464,8 @@ def test_predictions_are_read_as_accuracy_likelihood_and_areas(tmp_path: Path):
     levels, accuracy = found.curves["patch_mix"]
     assert (levels.tolist(), accuracy) == ([0, 0.2, 0.5], pytest.approx([100, 200 / 3, 100 / 3]))
     assert found.num_classes == 3
+    assert found.train_loss is not None
+    assert found.train_loss.tolist() == [2.0, 1.0]
 
 
 def test_unusable_predictions_are_refused(tmp_path: Path):
@@ -414,6 +523,13 @@ def test_the_forest_shows_every_effect_filled_where_it_is_shown(table: pd.DataFr
     assert dict(zip(drawn, filled, strict=True)) == dict(zip(table["effect"], table["is_shown"], strict=True))
     assert set(filled) == {True, False}
     assert [trace.x for trace in traces if trace.name == "published effect"] == [(4.0,)]
+
+
+def test_the_forest_crosses_what_had_not_converged():
+    trials = learning(cells({"none": 0, "mixup": 5, "cutmix": 5}, 6), none=DONE, mixup=STILL_LEARNING, cutmix=DONE)
+    plan = design(PRIMARY, Contrast(factor="mixing", levels=("cutmix",), baseline="none", outcome="top1_pct"))
+    ((_, _, figure),) = panel_figures(effects_table(trials, plan, num_resamples=200))
+    assert {trace.name: trace.marker.symbol for trace in figure.data} == {"primary contrast": ("x-thin",), "other contrast": ("circle",)}
 
 
 def test_the_forest_is_a_readme_wide_png_and_a_page_that_loads_nothing(table: pd.DataFrame, tmp_path: Path):

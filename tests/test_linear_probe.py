@@ -125,6 +125,7 @@ def test_every_pooling_is_probed_and_its_predictions_give_its_metrics_again(prob
     losses = [value for _, value in reported["train_loss"]]
     assert len(losses) == QUICK.epochs
     assert losses[-1] < losses[0]
+    assert stored["train_loss"].tolist() == losses
 
 
 def test_a_probe_with_the_backbones_own_pooling_is_about_as_good_as_the_backbone(probe, backbone):

@@ -542,10 +542,21 @@ def test_at_alpha_0_progressive_labelling_is_off():
     assert torch.equal(mixpro_loss(logits, torch.rand(2, 16), smoothing=0.0), off)
 
 
-def test_uniform_attention_makes_mixpro_mask_mix_with_hard_labels():
+@pytest.mark.parametrize("reference", [False, True])
+def test_uniform_attention_makes_mixpro_mask_mix_with_hard_labels_in_the_released_code(reference):
     logits, mixed = torch.randn(2, 5), mixed_by(OWN, cell_size=4)
-    expected = mixed_loss(logits, LABELS, mixed.partner, mixed.lam, 0.0)
-    torch.testing.assert_close(mixpro_loss(logits, torch.full((2, 16), 1 / 17)), expected)
+    expected = mixed_loss(logits, LABELS, mixed.partner, mixed.lam, 0.0 if reference else 0.1)
+    torch.testing.assert_close(mixpro_loss(logits, torch.full((2, 16), 1 / 17), reference=reference), expected)
+
+
+@pytest.mark.parametrize("mixing", METHODS)
+def test_labels_of_every_mixing_are_smoothed(mixing):
+    """Likelihoods of two arms compare only if both were trained towards labels of the same smoothness."""
+    sure = 50.0 * F.one_hot(LABELS, 5).float()
+    all_own = mixed_by(torch.ones(2, 2, 2, dtype=torch.bool), cell_size=4)
+    loss = mixer(mixing).loss(sure, LABELS, all_own, torch.full((2, 16), 1 / 16), 0.1)
+    # -log p of the other classes is 50: the smoothed label has .02 of its mass on each of them.
+    torch.testing.assert_close(loss, torch.tensor(4 * 0.02 * 50.0))
 
 
 def test_mixpro_is_its_equations():
@@ -559,7 +570,8 @@ def test_mixpro_is_its_equations():
         p = logits[i].softmax(dim=0)
         alpha = (target[i] @ p) / (target[i].norm() * p.norm())
         lam = alpha * lam_attn + (1 - alpha) * lam_area
-        total += lam * F.cross_entropy(logits[i], LABELS[i]) + (1 - lam) * F.cross_entropy(logits[i], LABELS[1 - i])
+        own, other = (F.cross_entropy(logits[i], LABELS[j], label_smoothing=0.1) for j in (i, 1 - i))
+        total += lam * own + (1 - lam) * other
     torch.testing.assert_close(mixpro_loss(logits, row).double(), total.double() / 2, atol=1e-6, rtol=0)
 
 
@@ -577,7 +589,7 @@ def test_alpha_is_not_trained_unless_the_released_code_is_followed():
     mixed = mixed_by(OWN, cell_size=4)
     alpha = confidence(logits, LABELS, mixed.partner, mixed.lam, 0.1).detach()
     lam = mixed.lam + alpha * (attended_share(row, token_shares(OWN, 4, 8, 16)) - mixed.lam)
-    mixed_loss(logits, LABELS, mixed.partner, lam, 0.0).backward()
+    mixed_loss(logits, LABELS, mixed.partner, lam, 0.1).backward()
     torch.testing.assert_close(gradient(reference=False), logits.grad)
     assert (gradient(reference=True) - logits.grad).abs().max() > 1e-5
 
@@ -592,7 +604,8 @@ def test_gradient_of_reference_mixpro_is_that_of_its_value(reference):
         for j in range(5):
             shift = torch.zeros_like(logits)
             shift[i, j] = step
-            numeric[i, j] = (mixpro_loss(logits + shift, row) - mixpro_loss(logits - shift, row)) / (2 * step)
+            above, below = (mixpro_loss(logits + sign * shift, row, reference=reference) for sign in (1, -1))
+            numeric[i, j] = (above - below) / (2 * step)
     # 1e-4: central differences in float32. Only with the gradient through alpha it is the derivative of the value.
     assert ((grad - numeric).abs().max() < 1e-4) == reference
 

@@ -13,16 +13,21 @@ from scipy.stats import bootstrap, permutation_test, ttest_1samp
 
 from results.effects.statistics import (
     MAX_EXACT_SEEDS,
+    Spread,
     holm,
+    mcnemar_test,
     minimum_detectable_effect,
     paired_bootstrap,
     resample,
+    shown_detectable_effect,
     sign_flip_detectable_effect,
     sign_flip_test,
+    spread_of,
     t_test_power,
     tost,
 )
 
+NUM_EXPERIMENTS = 500
 METHODS = ("calibrated", "percentile", "bca")
 # Multiples of 1/16 add up exactly, so that a tie is a tie in every order of summing.
 exact_values = st.lists(st.integers(-64, 64).map(lambda value: value / 16), min_size=2, max_size=8)
@@ -262,3 +267,75 @@ def test_sign_flips_that_cannot_reject_detect_nothing():
 def test_sign_flips_need_more_than_a_t_test_and_less_and_less(n: int):
     ratio = sign_flip_detectable_effect(1.0, n) / minimum_detectable_effect(1.0, n)
     assert 0.98 < ratio < {6: 1.4, 8: 1.1, 12: 1.05, 20: 1.03}[n]
+
+
+@pytest.mark.parametrize(
+    ("S", "N", "spread", "alternative", "alpha"),
+    [
+        (6, 360, Spread(seeds=3.0, images=20.0, cells=25.0), "two-sided", 0.05),
+        (9, 360, Spread(seeds=1.0, images=25.0, cells=10.0), "two-sided", 0.05),
+        (9, 1000, Spread(seeds=0.5, images=8.0, cells=20.0), "less", 0.05),
+        (9, 360, Spread(seeds=3.0, images=5.0, cells=25.0), "two-sided", 0.05 / 9),
+    ],
+)
+def test_the_effect_that_can_be_shown_is_shown_as_often_as_it_says(S: int, N: int, spread: Spread, alternative, alpha: float):
+    """The rule itself, with the real test and the real interval, on other draws than those that the effect was computed from."""
+    sign = -1 if alternative == "less" else 1
+    effect = sign * shown_detectable_effect(spread, S, N, alpha=alpha, alternative=alternative)
+    generator = np.random.default_rng(1)
+    made = [
+        effect + crossed(generator, S, N, seeds=spread.seeds, images=spread.images, residual=spread.cells) for _ in range(NUM_EXPERIMENTS)
+    ]
+    intervals = [found.interval(0.95) for found in resample(made, seed=0, num_resamples=1000)]
+    rejected = [sign_flip_test(one.mean(axis=1), alternative=alternative).p_value <= alpha for one in made]
+    is_beyond_0 = [interval.low > 0 if sign > 0 else interval.high < 0 for interval in intervals]
+    is_shown = np.logical_and(rejected, is_beyond_0)
+    # Three standard errors of a share of .8 in so many experiments, and one of the 4,000 simulated ones that the effect comes from.
+    assert np.mean(is_shown) == pytest.approx(0.8, abs=3 * math.sqrt(0.16 / NUM_EXPERIMENTS) + math.sqrt(0.16 / 4000))
+
+
+def test_what_the_rule_shows_is_larger_than_what_test_or_images_alone_find():
+    spread = Spread(seeds=2.0, images=20.0, cells=20.0)
+    by_seeds = sign_flip_detectable_effect(math.hypot(2.0, 20 / math.sqrt(360)), 9)
+    by_images = minimum_detectable_effect(math.hypot(20.0, 20 / math.sqrt(9)), 360)
+    assert shown_detectable_effect(spread, 9, 360) > 1.2 * max(by_seeds, by_images)
+    only_seeds = shown_detectable_effect(Spread(seeds=2.0, images=0.0, cells=0.0), 9, 360)
+    assert only_seeds == pytest.approx(sign_flip_detectable_effect(2.0, 9), rel=0.1)
+
+
+def test_what_few_seeds_cannot_reject_cannot_be_shown():
+    spread = Spread(seeds=1.0, images=1.0, cells=1.0)
+    assert [shown_detectable_effect(spread, S, 100) for S in (1, 3, 5)] == [math.inf] * 3
+    assert math.isfinite(shown_detectable_effect(spread, 6, 100))
+    assert shown_detectable_effect(spread, 6, 100, alpha=0.05 / 2) == math.inf
+
+
+def test_components_of_variance_are_those_that_were_put_in():
+    found = spread_of(crossed(np.random.default_rng(0), 300, 400, seeds=2.0, images=5.0, residual=10.0))
+    # Standard errors of standard deviations of 300 seeds, 400 images and their cells: 4 %, 4 %, .2 %.
+    assert (found.seeds, found.images, found.cells) == pytest.approx((2.0, 5.0, 10.0), rel=0.12)
+    assert found.cells == pytest.approx(10.0, rel=0.01)
+    noise = spread_of(np.random.default_rng(1).normal(size=(4, 50)))
+    assert min(noise.seeds, noise.images) >= 0
+    with pytest.raises(ValueError, match="at least 2 seeds and 2 images, got 1 and 3"):
+        spread_of(np.ones((1, 3)))
+
+
+def of_counts(both: int, only_first: int, only_second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    counts = (both, only_first, only_second, neither)
+    return np.repeat([True, True, False, False], counts), np.repeat([True, False, True, False], counts)
+
+
+def test_mcnemar_is_a_coin_for_each_image_that_one_network_alone_has_right():
+    # Two-sided sign test of 3 against 12: (1 + 15 + 105 + 455) / 2^15 twice.
+    assert mcnemar_test(*of_counts(100, 3, 12, 20)) == pytest.approx(2 * 576 / 2**15)
+    assert mcnemar_test(*of_counts(0, 12, 3, 500)) == pytest.approx(2 * 576 / 2**15), "only the images that differ count"
+    assert mcnemar_test(*of_counts(10, 4, 4, 10)) == 1.0
+    assert mcnemar_test(*of_counts(10, 0, 0, 10)) == 1.0
+
+
+def test_mcnemar_takes_truth_values_of_the_same_images():
+    with pytest.raises(ValueError, match="truth values over the same images"):
+        mcnemar_test(np.array([100.0, 0.0]), np.array([100.0, 100.0]))
+    with pytest.raises(ValueError, match="truth values over the same images"):
+        mcnemar_test(np.array([True]), np.array([True, False]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -321,9 +322,23 @@ def test_the_rate_warms_up_to_its_peak_and_falls_to_its_end():
 def test_curves_and_progress_are_reported_once_per_epoch(tiny_vit, digits, tmp_path):
     points: list[tuple[str, float, int]] = []
     train(tiny_vit, QUICK, digits, workdir=tmp_path, report=lambda *point: points.append(point))
-    for name in ("train_loss", "val_top1_pct", "val_nll", "lr", "images_per_s", "data_wait_pct"):
+    for name in ("train_loss", "val_top1_pct", "val_nll", "lr", "lr_x_weight_decay", "images_per_s", "data_wait_pct"):
         assert [step for shown, _, step in points if shown == name] == [1, 2]
     assert [value for name, value, _ in points if name == "progress"][-1] == 1.0
+
+
+def test_what_the_optimizer_is_given_is_reported_and_lion_shrinks_weights_as_adamw_does(tiny_vit, digits, tmp_path):
+    def reported(name: str, optimizer: str) -> list[float]:
+        points: list[tuple[str, float, int]] = []
+        recipe = replace(QUICK, optimizer=optimizer, weight_decay=0.05)
+        train(tiny_vit, recipe, digits, workdir=tmp_path / name / optimizer, report=lambda *point: points.append(point))
+        return [value for shown, value, _ in points if shown == name]
+
+    adamw, lion = (reported("lr_x_weight_decay", optimizer) for optimizer in ("adamw", "lion"))
+    assert adamw == pytest.approx(lion)
+    rates = reported("lr", "adamw")
+    assert adamw == pytest.approx([rate * 0.05 for rate in rates])
+    assert reported("lr", "lion") == pytest.approx([rate / 10 for rate in rates])
 
 
 @pytest.mark.parametrize(
@@ -349,6 +364,8 @@ def test_evaluator_train_judges_the_network_it_stores_and_is_not_repeated(tiny_v
     assert stored["ids"].tolist() == digits.test.tolist()
     assert np.array_equal(stored["logits"], predict(network, digits, digits.test, device="cpu"))
     assert values["test_top1_pct"] == top1_pct(stored["logits"], stored["labels"])
+    assert len(stored["train_loss"]) == QUICK.epochs
+    assert values["train_loss"] == stored["train_loss"][-1] < stored["train_loss"][0]
     assert not list(tmp_path.glob("checkpoints-*"))
     (tmp_path / "artifacts" / "predictions.npz").unlink()
     assert train_network(tiny_vit, context, TrainSettings()) == values
@@ -378,6 +395,28 @@ def weights_of(workdir) -> bytes:
     return bits(load_model(workdir / "model.pt")[0])
 
 
+def losses_of(workdir) -> list[float]:
+    with np.load(workdir / "artifacts" / "predictions.npz") as stored:
+        return stored["train_loss"].tolist()
+
+
+def test_the_losses_of_epochs_before_an_old_checkpoint_are_not_known(tiny_vit, digits, tmp_path, monkeypatch):
+    """Until November 2026 a checkpoint held the loss of the last epoch alone."""
+
+    def save_as_then(folder, step, state):
+        losses = state.pop("losses")
+        return SAVE(folder, step, state | {"train_loss": losses[-1]})
+
+    recipe = replace(QUICK, epochs=3)
+    whole = train(tiny_vit, recipe, digits, workdir=tmp_path / "whole").losses
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module, "save_checkpoint", save_as_then)
+        train(tiny_vit, recipe, digits, workdir=tmp_path / "old", stop_after=2)
+    resumed = train(tiny_vit, recipe, digits, workdir=tmp_path / "old").losses
+    assert math.isnan(resumed[0])
+    assert resumed[1:] == whole[1:]
+
+
 def damage(path):
     """Not in place: the file may be another trial's too."""
     contents = path.read_bytes()
@@ -394,6 +433,8 @@ def test_trials_that_continue_one_another_end_with_the_bits_of_one_that_never_st
     assert files_of(first) == before
     assert values_of(tiny_vit, digits, third, 4, second) == whole
     assert weights_of(third) == weights_of(tmp_path / "whole")
+    assert losses_of(third) == losses_of(tmp_path / "whole")
+    assert losses_of(third)[:2] == losses_of(second)
     assert list(second.glob("checkpoints-*/step-*")), "a stopped training can be continued"
     assert not list(third.glob("checkpoints-*")), "a finished one can not"
 

@@ -49,6 +49,11 @@ class Learner:
         """The rate of the last step, of the groups that have no scale of their own."""
         return self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"]
 
+    @property
+    def lr_x_weight_decay(self) -> float:
+        """The share by which decoupled weight decay shrank weights in the last step, in the optimizer's own rate and decay."""
+        return max(group["lr"] / group["lr_scale"] * group["weight_decay"] for group in self.optimizer.param_groups)
+
     def set_rate(self, step: int) -> None:
         """Set the learning rates of the step, counted from 0."""
         self._schedule.step_update(step)

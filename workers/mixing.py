@@ -13,6 +13,7 @@ Each is one file of `workers/mixings`. Every method weighs two labels per image,
     batches, and E[lam] = 1/2 + 1/(2 n)                   not in favour of the own image
     lam_area = k / n, though the last cells are cropped   the share of pixels, exactly
     the loss also has a gradient through alpha            alpha weighs the loss and is not trained by it
+    MixPro's loss is to hard labels                       to labels smoothed as in every other method
     TransMix's box on the token grid: nearest pixel       share of each token's pixels, exactly
 
 The released code of TransMix also draws Mixup in a fifth of the batches, that of MixPro Mixup or CutMix in half of them; here every

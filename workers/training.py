@@ -49,8 +49,8 @@ class Training:
     network: nn.Module
     is_finished: bool
     """Whether all epochs of the recipe were trained; if not, the last checkpoint is there to go on from."""
-    train_loss: float
-    """Mean over the last epoch, mixing and smoothing included."""
+    losses: tuple[float, ...]
+    """The mean loss of each epoch, mixing and smoothing included; nan for epochs before a checkpoint that does not hold them."""
     images_per_s: float
     data_wait_pct: float
     """Share of the training time spent waiting for data; both rates leave validation out and count from the last start."""
@@ -80,9 +80,9 @@ def train(
     earlier, stopped trial of the same training, whose files stay as they are: this one goes on from its last checkpoint if that is
     newer than those in `workdir`. If there is none to go on from, it warns and trains from the beginning; the result is the same.
 
-    Reports `train_loss`, what the objective validates (`val_top1_pct` and `val_nll` of classification), `lr`, `images_per_s` and
-    `data_wait_pct` after each epoch, and its progress, which is 1 at the stop. Raises SpecError where model, recipe, data, objective
-    and stop do not fit one another, and EvaluationError `non_finite` naming the step and the last good checkpoint.
+    Reports `train_loss`, what the objective validates (`val_top1_pct` and `val_nll` of classification), `lr`, `lr_x_weight_decay`,
+    `images_per_s` and `data_wait_pct` after each epoch, and its progress, which is 1 at the stop. Raises SpecError where model, recipe,
+    data, objective and stop do not fit one another, and EvaluationError `non_finite` naming the step and the last good checkpoint.
     """
     check_recipe(model, recipe, num_processes=process.world_size)
     check_stop(recipe, stop_after)
@@ -109,6 +109,9 @@ def training_identity(model: Model, recipe: Recipe, dataset: DataSet, objective:
     if recipe.ema_decay:
         # Until November 2026 the average had no warm-up: a checkpoint of that time is of another training.
         identity.append({"ema_warmup": True})
+    if recipe.mixing == "mixpro" and recipe.label_smoothing and not recipe.mixing_reference:
+        # Until November 2026 MixPro's labels were not smoothed.
+        identity.append({"mixpro_smoothed": True})
     if objective is not None and type(objective) is not Classification:
         identity.append({"objective": [type(objective).__name__, objective.identity]})
     return digest_of(identity)
@@ -161,7 +164,7 @@ class _Run:
         self.step = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=process.device)
         """The sum over the steps of this epoch so far."""
-        self.train_loss = math.nan
+        self.losses: list[float] = []
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=process.device)
         self.last_checkpoint: Path | None = None
         self.saved_step = -1
@@ -184,7 +187,8 @@ class _Run:
         self.learner = Learner(module, self.recipe, self.batches.num_steps)
         if state:
             self.learner.load_state_dict(state)
-            self.step, self.train_loss = state["step"], state["train_loss"]
+            self.step = state["step"]
+            self.losses = _losses_of(state, num_epochs=self.step // self.batches.num_steps)
             self.loss_sum = state["loss_sum"].to(self.loss_sum.device)
             self.saved_step = self.step
         self._prepare_forward()
@@ -238,7 +242,7 @@ class _Run:
         return Training(
             network=self.objective.network(self.learner.averaged).eval(),
             is_finished=self.step == self.num_steps,
-            train_loss=self.train_loss,
+            losses=tuple(self.losses),
             images_per_s=self.images_per_s,
             data_wait_pct=self.data_wait_pct,
             checkpoints=self.folder,
@@ -297,14 +301,15 @@ class _Run:
             torch.distributed.all_reduce(self.loss_sum)
             self.loss_sum /= self.process.world_size
             self._share_damage()
-        self.train_loss = (self.loss_sum / self.batches.num_steps).item()
+        self.losses.append((self.loss_sum / self.batches.num_steps).item())
         self.loss_sum = torch.zeros_like(self.loss_sum)
         if self.process.rank:
             return
         shown = {
-            "train_loss": self.train_loss,
+            "train_loss": self.losses[-1],
             **self.objective.validate(self.learner.averaged),
             "lr": self.learner.lr,
+            "lr_x_weight_decay": self.learner.lr_x_weight_decay,
             "images_per_s": self.images_per_s,
             "data_wait_pct": self.data_wait_pct,
         }
@@ -334,7 +339,7 @@ class _Run:
             return
         state = {
             "step": self.step,
-            "train_loss": self.train_loss,
+            "losses": self.losses,
             "loss_sum": self.loss_sum.cpu(),
             "skipped": list(self.dataset.skipped),
             "objective": self.objective.state_dict(),
@@ -378,6 +383,14 @@ class _Run:
     def _autocast(self) -> AbstractContextManager[Any]:
         device = torch.device(self.process.device).type
         return torch.autocast(device, dtype=torch.bfloat16, enabled=precision(self.recipe, device) == "bf16")
+
+
+def _losses_of(checkpoint: dict[str, Any], num_epochs: int) -> list[float]:
+    """The mean loss of each epoch before the checkpoint."""
+    if "losses" in checkpoint:
+        return checkpoint["losses"]
+    # Until November 2026 a checkpoint held the loss of the last epoch alone.
+    return [*[math.nan] * (num_epochs - 1), checkpoint["train_loss"]] if num_epochs else []
 
 
 def precision(recipe: Recipe, device: str) -> str:

@@ -20,7 +20,8 @@ CellKey = tuple[str, str, int]
 class Predictions:
     """One trial on the test images: `ids` and `labels` (N,) int64, each outcome (N,) float.
 
-    `curves` are its robustness curves, averaged over images: levels (L,) and accuracy (L,) in percent.
+    `curves` are its robustness curves, averaged over images: levels (L,) and accuracy (L,) in percent. `train_loss` (E,) is the mean
+    training loss of each epoch, None if it was not kept, as before November 2026.
     """
 
     ids: np.ndarray
@@ -28,6 +29,7 @@ class Predictions:
     outcomes: Mapping[str, np.ndarray]
     curves: Mapping[str, Curve] = field(default_factory=dict)
     num_classes: int
+    train_loss: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ def read_predictions(path: Path) -> Predictions:
         raise ValueError(f"{path.name}: logits of {(~np.isfinite(logits)).any(axis=1).sum()} images are not finite")
     if not ((labels >= 0) & (labels < logits.shape[1])).all():
         raise ValueError(f"{path.name}: labels from {labels.min()} to {labels.max()} of {logits.shape[1]} classes")
+    train_loss = stored.get("train_loss")
     logits -= logits.max(axis=1, keepdims=True)
     nll = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
     outcomes = {"top1_pct": 100.0 * (logits.argmax(axis=1) == labels), "nll": nll}
@@ -74,7 +77,7 @@ def read_predictions(path: Path) -> Predictions:
                 raise ValueError(f"{beside.name}: {name} is {correct.shape} for {len(ids)} images at {len(levels)} levels")
             outcomes[f"{name}_auc"] = area_pct(levels, correct)[order]
             curves[name] = levels, correct.mean(axis=0)
-    return Predictions(ids=ids, labels=labels, outcomes=outcomes, curves=curves, num_classes=logits.shape[1])
+    return Predictions(ids=ids, labels=labels, outcomes=outcomes, curves=curves, num_classes=logits.shape[1], train_loss=train_loss)
 
 
 def _arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:

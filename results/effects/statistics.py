@@ -31,6 +31,8 @@ MAX_SIMULATED_SEEDS = 12
 """With this many seeds or fewer, the power of a sign-flip test is computed over all patterns, else over 2^12 random ones."""
 
 NUM_SIMULATED = 10_000
+NUM_SIMULATED_RULES = 4_000
+NUM_RULE_RESAMPLES = 500
 CHUNK_ELEMENTS = 4_000_000
 """Image counts that the bootstrap holds in memory at a time: about 100 MB with their draws."""
 
@@ -316,28 +318,113 @@ def sign_flip_detectable_effect(
 
 @cache
 def _sign_flip_effect(n: int, alpha: float, power: float) -> float:
-    """The effect that the one-sided test finds with this power, in standard deviations.
+    """The effect that the one-sided test finds with this power, in standard deviations."""
+    generator = np.random.default_rng(0)
+    needed = _needed_by_sign_flips(generator.normal(size=(NUM_SIMULATED, n)), alpha)
+    return float(np.quantile(needed, power)) if np.isfinite(needed).all() else math.inf
+
+
+def _needed_by_sign_flips(z: np.ndarray, alpha: float) -> np.ndarray:
+    """How much must be added to each row of `z` (R, n) until the one-sided sign-flip test rejects: (R,), infinite if it never does.
 
     The differences are z + d. A flip of the subset F leaves their sum at least as large exactly when mean(z_F) <= -d. Let k be the
-    whole part of alpha 2^n, the empty subset counted. The test rejects if d is at least the k-th largest of -mean(z_F). The effect
-    is therefore the quantile of that k-th largest value over samples of z, at the level `power`.
+    whole part of alpha 2^n, the empty subset counted. The test rejects if d is at least the k-th largest of -mean(z_F).
     """
-    generator = np.random.default_rng(0)
+    R, n = z.shape
     if n <= MAX_SIMULATED_SEEDS:
         subsets = (np.arange(1, 2**n)[:, None] >> np.arange(n)) & 1
     else:
-        subsets = generator.integers(0, 2, size=(2**MAX_SIMULATED_SEEDS - 1, n))
+        subsets = np.random.default_rng(0).integers(0, 2, size=(2**MAX_SIMULATED_SEEDS - 1, n))
         subsets = subsets[subsets.any(axis=1)]
     k = math.floor(alpha * (len(subsets) + 1) + 1e-9)
     if k < 1:
-        return math.inf
+        return np.full(R, math.inf)
     means = (subsets / subsets.sum(axis=1, keepdims=True)).T.astype(np.float32)
     rows = max(CHUNK_ELEMENTS // len(subsets), 1)
-    needed = []
-    for start in range(0, NUM_SIMULATED, rows):
-        z = generator.normal(size=(min(rows, NUM_SIMULATED - start), n)).astype(np.float32)
-        needed.append(-np.partition(z @ means, k - 1, axis=1)[:, k - 1])
-    return float(np.quantile(np.concatenate(needed), power))
+    chunks = [z[start : start + rows].astype(np.float32) @ means for start in range(0, R, rows)]
+    return np.concatenate([-np.partition(chunk, k - 1, axis=1)[:, k - 1] for chunk in chunks])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """What makes paired differences (S, N) vary, as standard deviations: the seed, the image, and what is left of each cell."""
+
+    seeds: float
+    images: float
+    cells: float
+
+
+def spread_of(differences: np.ndarray) -> Spread:
+    """The components of variance of differences (S, N), both from 2: two crossed random effects by the method of moments.
+
+    An estimate below 0 counts as 0. Raises ValueError for values that are not finite, and for a single seed or image.
+    """
+    D = _two_way(differences)
+    S, N = D.shape
+    if S < 2 or N < 2:
+        raise ValueError(f"components of variance need at least 2 seeds and 2 images, got {S} and {N}")
+    per_seed, per_image = D.mean(axis=1), D.mean(axis=0)
+    rest = D - per_seed[:, None] - per_image + D.mean()
+    cells = float((rest**2).sum()) / ((S - 1) * (N - 1))
+    seeds, images = float(per_seed.var(ddof=1)) - cells / N, float(per_image.var(ddof=1)) - cells / S
+    return Spread(seeds=math.sqrt(max(seeds, 0.0)), images=math.sqrt(max(images, 0.0)), cells=math.sqrt(cells))
+
+
+def shown_detectable_effect(
+    spread: Spread,
+    num_seeds: int,
+    num_images: int,
+    *,
+    alpha: float = 0.05,
+    alternative: Alternative = "two-sided",
+    confidence: float = 0.95,
+    power: float = 0.8,
+) -> float:
+    """The smallest effect that is shown with this power: `sign_flip_test` rejects at `alpha` and the calibrated interval excludes 0.
+
+    Power is over other seeds and other images, in the direction of the effect and of `alternative`. In the unit of `spread`. Seeds,
+    images and cells are taken as normal; the test and the interval are simulated from a fixed seed (standard error about 1.5 %).
+    Infinite where so many signs cannot reject at `alpha`.
+
+    Adding d to all differences moves estimate and interval by d, so each simulated experiment has a smallest d that is shown, the larger
+    of what the test and what the interval needs. The effect is the quantile of these d at the level `power`.
+    """
+    if not 0 < alpha < power < 1:
+        raise ValueError(f"power must lie between alpha and 1, got alpha={alpha}, power={power}")
+    S, N = num_seeds, num_images
+    generator = np.random.default_rng(0)
+    # The part of an image that all seeds share moves all their means alike; the rest of the cells moves each mean on its own.
+    of_images = spread.images / math.sqrt(N) * generator.normal(size=NUM_SIMULATED_RULES)
+    of_cells = spread.cells / math.sqrt(N)
+    z = math.hypot(spread.seeds, of_cells) * generator.normal(size=(NUM_SIMULATED_RULES, S))
+    by_test = _needed_by_sign_flips(z, alpha / 2 if alternative == "two-sided" else alpha)
+    if not np.isfinite(by_test).all():
+        return math.inf
+    weights = generator.multinomial(S, np.full(S, 1 / S), size=NUM_RULE_RESAMPLES) / S
+    resampled = z @ weights.T - z.mean(axis=1, keepdims=True)
+    resampled *= _t_over_z(S, confidence)
+    # Resampled images: normal by the central limit theorem, wider where few seeds were drawn.
+    of_resampled = np.sqrt(spread.images**2 / N + of_cells**2 * (weights**2).sum(axis=1))
+    resampled += of_resampled * generator.normal(size=resampled.shape)
+    by_interval = -z.mean(axis=1) - np.quantile(resampled, (1 - confidence) / 2, axis=1)
+    return float(np.quantile(np.maximum(by_test, by_interval) - of_images, power))
+
+
+def mcnemar_test(first: np.ndarray, second: np.ndarray) -> float:
+    """McNemar's exact two-sided p that two networks are right equally often: `first` and `second` (N,) say on which images each is.
+
+    Only the images count that one network alone has right: if the networks are equally good, each of the two is the right one with
+    probability 1/2. It says whether these two networks differ on other images, and nothing about other trainings. McNemar,
+    Psychometrika 12, 1947. Raises ValueError unless both are N truth values.
+    """
+    from scipy.stats import binomtest
+
+    first, second = np.asarray(first), np.asarray(second)
+    if first.shape != second.shape or first.ndim != 1 or (first.dtype, second.dtype) != (bool, bool):
+        got = f"{first.dtype} {first.shape}, {second.dtype} {second.shape}"
+        raise ValueError(f"needs two arrays of truth values over the same images, got {got}")
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    return float(binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
 
 
 def _per_seed(values: Sequence[float] | np.ndarray, at_least: int) -> np.ndarray:

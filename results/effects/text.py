@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from results.columns import TEXT_WIDTH, Column, fitted
+from results.effects.convergence import MAX_LOSS_FALL
 from results.effects.study import EFFECTS_FILE, Effects
-from results.formats import count, format_effect, format_interval, format_mean
+from results.formats import count, format_effect, format_interval, format_loss_fall, format_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,11 +42,11 @@ def effects_summary(effects: Effects, command: str = "", *, width: int = TEXT_WI
 def effects_markdown(effects: Effects) -> str:
     """The levels on the first outcome and the primary contrasts as tables of Markdown."""
     outcome = effects.design.outcomes[0].name
-    lines = [f"| rank | level | {outcome}, mean ± sd | seeds | missing |", "|---:|---|---:|---:|---|"]
+    lines = [f"| rank | level | {outcome}, mean ± sd | loss still fell | seeds | missing |", "|---:|---|---:|---:|---:|---|"]
     for row in _best_first(effects.levels).to_dict("records"):
         if row["outcome"] == outcome:
-            mean = format_mean(row["mean"], row["sd"], row["unit"])
-            lines.append(f"| {_rank(row)} | {row['factor']}: {row['level']} | {mean} | {row['n_seeds']} | {row['missing']} |")
+            cells = [_rank(row), f"{row['factor']}: {row['level']}", format_mean(row["mean"], row["sd"], row["unit"])]
+            lines.append(f"| {' | '.join([*cells, format_loss_fall(row), str(row['n_seeds']), row['missing']])} |")
     lines += ["", "| primary contrast | outcome | effect | 95 % interval | p | seeds | verdict |", "|---|---|---:|---|---:|---:|---|"]
     for row in effects.table.loc[effects.table["is_primary"]].to_dict("records"):
         numbers = ["-", "-", "-"]
@@ -76,8 +77,11 @@ def reading_notes(table: pd.DataFrame) -> list[str]:
         f"p: {test} over seeds",
         f"primary: one contrast of each factor{named}; the others are Holm-corrected per factor and outcome",
         "no harm, no difference: 90 % interval within the margin, not corrected for their number",
-        "MDE: smallest effect found with 80 % power at alpha / family size, over seeds | over images; -: none can be found",
+        "MDE: smallest effect that is shown with 80 % power, by test at alpha / family size and interval together; -: none can be shown",
+        f"not converged: an arm's training loss fell by more than {MAX_LOSS_FALL:g} nats from the third quarter of its epochs to the last",
     ]
+    if table["is_converged"].isna().loc[table["n_seeds"] > 0].any():
+        notes.append("some training losses were not kept: whether those arms converged is not known")
     majority = table["majority_pct"].dropna()
     if len(majority):
         notes.append(f"always guessing the most frequent class of the test set: {majority.iloc[0]:.2f} % top-1")
@@ -93,6 +97,7 @@ def levels_text(levels: pd.DataFrame, width: int = TEXT_WIDTH) -> tuple[str, lis
         Column("rank", [_rank(row) for row in first]),
         Column("level", [f"{row['factor']}: {row['level']}" for row in first], is_text=True),
         Column(outcomes[0], means[0]),
+        Column("loss still fell", [format_loss_fall(row) for row in first]),
         Column("seeds", [str(row["n_seeds"]) for row in first]),
         *(Column(name, cells) for name, cells in zip(outcomes[1:], means[1:], strict=True)),
     ]
@@ -128,7 +133,7 @@ def effects_text(table: pd.DataFrame) -> str:
                 f"{format_effect(row['effect'], row['unit'])} {row['unit']}".rstrip(),
                 _narrow(row["p"]),
                 "" if row["is_primary"] else _narrow(row["p_holm"]),
-                " | ".join(format_effect(row[key], row["unit"]).lstrip("+") for key in ("mde_seeds", "mde_images")),
+                format_effect(row["mde"], row["unit"]).lstrip("+"),
                 format_effect(row["published"], row["unit"]),
                 str(row["n_seeds"]),
             ]

@@ -43,7 +43,12 @@ def _finding(row: Mapping[str, Any]) -> list[str]:
     narrow = f"90 % interval {format_interval(row['low_90'], row['high_90'], row['unit'])}"
     margin = f"{row['margin']:g} point{'' if row['margin'] == 1 else 's'}"
     equivalent = f"no difference of more than {margin}: {narrow}"
-    if row["is_shown"]:
+    if row["is_converged"] is False:
+        parts = [
+            f"not converged, so nothing is shown: the training loss still fell ({row['unconverged']} nats)",
+            f"after these epochs {better} by {size}, {interval}, {test}",
+        ]
+    elif row["is_shown"]:
         parts = [f"{better} by {size}: {interval}, {test}"]
     elif row["rejected"]:
         parts = [f"{better} by {size} on these test images, {test}; the interval over other images includes 0: {interval}"]
@@ -72,6 +77,8 @@ def _limits(row: Mapping[str, Any], design: Design) -> list[str]:
         needed = row["n_seeds"] + math.ceil(math.log2(smallest / design.alpha))
         held = f"smallest {'p' if row['is_primary'] else 'Holm p'} {min(smallest, 1):.2g}"
         parts.append(f"{count(row['n_seeds'], 'seed')} cannot reject at {design.alpha:g} ({held}), {needed} could")
+    if not math.isnan(row["p_mcnemar"]):
+        parts.append(f"McNemar's test of these two networks, which says nothing of other trainings: p {row['p_mcnemar']:.2g}, uncorrected")
     if row["could_have_seen"] is False:
         parts.append(f"could not have seen the published {format_effect(row['published'], row['unit'])}")
     if row["missing"]:

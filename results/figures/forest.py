@@ -1,7 +1,8 @@
 """The forest plot of an ablation: a panel per outcome, a row per contrast, each effect with its interval.
 
 PNG by matplotlib for papers and README, the same by plotly for a page. Diamonds are primary contrasts; a filled mark is an
-effect whose test rejects (Holm-corrected where it is not primary) and whose interval excludes 0, a hollow one any other.
+effect whose test rejects (Holm-corrected where it is not primary) and whose interval excludes 0, a hollow one any other. A cross is an
+effect of arms that had not converged.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PAGE_LABEL_WIDTH = 24
 
 ROW_PIXELS = 36
 NAMES = {"primary": "primary contrast", "other": "other contrast", "published": "published effect", "margin": "margin of no harm"}
-NOTE = "filled: the test rejects (Holm-corrected if not primary) and the interval excludes 0"
+NOTE = "filled: the test rejects (Holm-corrected if not primary) and the interval excludes 0; a cross: an arm had not converged"
 
 
 def _places(table: pd.DataFrame) -> dict[tuple[str, str], int]:
@@ -111,6 +112,7 @@ def _draw(axis: Axes, rows: pd.DataFrame, places: dict[tuple[str, str], int]) ->
     for row in rows.to_dict("records"):
         y = places[row["factor"], row["contrast"]]
         kind, color, marker, size = ("primary", FRONT, "D", 8) if row["is_primary"] else ("other", INK, "o", 7)
+        marker = marker if row["is_converged"] is not False else "x"
         axis.plot([row["low"], row["high"]], [y, y], color=color, linewidth=1.7, solid_capstyle="butt", zorder=3)
         axis.plot(
             row["effect"],
@@ -188,7 +190,7 @@ def _traces(rows: pd.DataFrame, kind: str, y: list[int]) -> list[go.Scatter]:
         y=y,
         mode="markers",
         marker={
-            "symbol": symbol,
+            "symbol": ["x-thin" if is_converged is False else symbol for is_converged in rows["is_converged"]],
             "size": 11,
             "color": [color if is_shown else PAPER for is_shown in rows["is_shown"]],
             "line": {"color": color, "width": 2},

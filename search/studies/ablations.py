@@ -1,6 +1,6 @@
 """Which pooling, which mixing augmentation and which optimizer pay off: one factor changed at a time, seeds paired.
 
-    search/run.py ablations --factor pooling --factor mixing --factor optimizer --data digits --seeds 3 --epochs 20
+    search/run.py ablations --factor pooling --factor mixing --factor optimizer --data digits --seeds 3
 
 Every factor starts from the same reference: class-token pooling, no mixing, AdamW. A level changes exactly one thing; all
 poolings keep the class token in the sequence. Seeds are paired: a seed is the same initial weights, the same order of the
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from results.records import Metric
-from search.study import Need, Options, Phase, RunSettings, SettingsError, Study, study
+from search.study import CONVERGING, Need, Options, Phase, RunSettings, SettingsError, Study, study
 from space import catalog
 from space.model import Model, as_arch, require_arch, resized, supports_class_row, token_size
 from space.recipe import Recipe
@@ -77,7 +77,7 @@ class AblationOptions(Options):
     seeds: int = field(
         default=3, metadata={"help": "paired trainings of each level, counting from --seed; 0: the linear probe alone", "at_least": 0}
     )
-    epochs: int = field(default=20, metadata={"help": "epochs of each training", "at_least": 1})
+    epochs: int = field(default=0, metadata={"help": "epochs of each training; 0: 60 for digits, else 20", "at_least": 0})
     model: str = field(default="", metadata={"help": "as for describe; default: vit_digits for digits, else vit_cifar"})
     batch_size: int = field(default=0, metadata={"help": "images per step; 0: 32 for digits, else 128", "at_least": 0})
     lr: float = field(
@@ -148,7 +148,7 @@ def ablations(run: RunSettings) -> Study:
             evaluators=(*run.calls("train"), *robustness),
             objectives=("val_top1_pct",),
             propose=_grid(cells(levels, seeds)),
-            plan=_plan_of_cells(len(cells(levels, seeds)), f"trained for {options.epochs} epochs (--epochs)"),
+            plan=_plan_of_cells(len(cells(levels, seeds)), f"trained for {_epochs(reference)} epochs (--epochs)"),
         )
     ]
     designs: dict[str, Design] = {}
@@ -161,6 +161,8 @@ def ablations(run: RunSettings) -> Study:
         poolings = {"pooling": options.wanted("pooling")}
         phases += _probe_phases(run, reference, cells(poolings, _seeds(run.seed, options.probe_seeds)))
         designs["probe"] = ablation_design(poolings, reference.model, has_robustness=False)
+        share = f"{100 * run.call('linear_probe').settings.subsample:g} % of the same training images"
+        notes.append(f"the seeds of the linear probe share one backbone and each have {share}: its effects are those of this backbone")
         notes += _note_on_seeds("--probe-seeds", options.probe_seeds, designs["probe"])
     return Study(phases=tuple(phases), designs=designs, notes=tuple(notes))
 
@@ -196,6 +198,9 @@ def _note_on_seeds(flag: str, num: int, design: Design) -> list[str]:
 def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate:
     """The reference candidate: every level departs from it in one thing."""
     is_digits = run.data == "digits"
+    # Studies that were created before keep what they had: 20 epochs and crops, which digits do not converge in.
+    converges = is_digits and run.defaults >= CONVERGING
+    epochs = options.epochs or (60 if converges else 20)
     name = options.model or ("vit_digits" if is_digits else "vit_cifar")
     model = resized(catalog.resolve(name), img_size=run.img_size, num_classes=run.num_classes)
     # Trained from fresh weights, a subnet is its architecture, and its parts may be exchanged.
@@ -204,14 +209,14 @@ def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate
         arch = replace(arch, pooling=Component("class_token"))
     lr = options.lr or (3e-3 if is_digits else 1e-3)
     recipe = Recipe(
-        epochs=options.epochs,
+        epochs=epochs,
         batch_size=options.batch_size or (32 if is_digits else 128),
         lr=lr,
         min_lr=lr / 100,
-        warmup_epochs=options.epochs / 10,
-        # A mirrored digit is another digit, or none.
+        warmup_epochs=epochs / 10,
+        # A mirrored digit is another digit, or none; and digits fill their square, so that a crop cuts strokes off.
         flip=not is_digits,
-        crop="pad" if model.img_size < 64 else "resized",
+        crop="none" if converges else "pad" if model.img_size < 64 else "resized",
     )
     return Candidate(model=arch or model, recipe=recipe, label=name)
 
@@ -309,6 +314,11 @@ def _seeds(first: int, num: int) -> range:
     if first + num > MAX_SEED:
         raise SettingsError(f"--seed {first} and {num} seeds: seeds go up to {MAX_SEED - 1}")
     return range(first, first + num)
+
+
+def _epochs(reference: Candidate) -> int:
+    assert reference.recipe is not None
+    return reference.recipe.epochs
 
 
 def _grid(points: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], Any]:

@@ -255,13 +255,15 @@ def length_distortion_closed_form(
         )
     choices = full_choices("patch_embed", model.patch_embed)
     last_side = model.img_size // (int(choices["stride"]) * 2 ** len(stages))
-    variance = 1 / (3 * model.in_chans * model.img_size**2)
+    # Whole numbers are multiplied as such: equal products then are equal to the last bit, and tie in a ranking.
+    gain = 1
     for index, stage in enumerate(stages):
         assert stage.downsampling is not None
         kernel = int(stage.downsampling.choices["kernel"])
         side = last_side * 2 ** (len(stages) - 1 - index)
         taps = kernel - (kernel - 2) / side if padding else kernel
-        variance *= taps**2 * stage.embed_dim * INIT_STD**2
+        gain *= taps**2 * stage.embed_dim
+    variance = gain * INIT_STD ** (2 * len(stages)) / (3 * model.in_chans * model.img_size**2)
     return num_angles * math.sqrt(last.embed_dim * variance / last_side**2)
 
 

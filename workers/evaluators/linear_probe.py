@@ -107,10 +107,10 @@ def linear_probe(model: Model, context: Context, settings: LinearProbeSettings) 
     probe = nn.Sequential(built.get_submodule("pooling"), built.get_submodule("head")).to(context.device)
     parts = np.cumsum([len(dataset.train), len(dataset.val)])
     train_tokens, val_tokens, test_tokens = tokens.to(context.device).tensor_split(parts.tolist())
-    _train(probe, train_tokens, torch.from_numpy(dataset.labels[dataset.train]).to(context.device), recipe, settings, context)
+    losses = _train(probe, train_tokens, torch.from_numpy(dataset.labels[dataset.train]).to(context.device), recipe, settings, context)
     val_logits, test_logits = _logits(probe, val_tokens), _logits(probe, test_tokens)
     val_labels, test_labels = dataset.labels[dataset.val], dataset.labels[dataset.test]
-    write_predictions(context.workdir / ARTIFACTS / PREDICTIONS, dataset.test, test_labels, test_logits)
+    write_predictions(context.workdir / ARTIFACTS / PREDICTIONS, dataset.test, test_labels, test_logits, losses)
     return {
         "val_top1_pct": top1_pct(val_logits, val_labels),
         "test_top1_pct": top1_pct(test_logits, test_labels),
@@ -167,8 +167,10 @@ def _write_tokens(backbone: nn.Module, path: Path, dataset: DataSet, device: str
         Path(temporary).unlink(missing_ok=True)
 
 
-def _train(probe: nn.Sequential, tokens: Tensor, labels: Tensor, recipe: Recipe, settings: LinearProbeSettings, context: Context) -> None:
-    """Train pooling and head on the tokens `(n, N, C)` of this seed's part of the training images."""
+def _train(
+    probe: nn.Sequential, tokens: Tensor, labels: Tensor, recipe: Recipe, settings: LinearProbeSettings, context: Context
+) -> list[float]:
+    """Train pooling and head on the tokens `(n, N, C)` of this seed's part of the training images; the mean loss of each epoch."""
     if not any(parameter.requires_grad for parameter in probe[0].parameters()):
         # Nothing to learn in the pooling: the head sees the same vectors in every epoch.
         tokens, layers = _pooled(probe[0], tokens), nn.Sequential(nn.Identity(), probe[1])
@@ -179,6 +181,7 @@ def _train(probe: nn.Sequential, tokens: Tensor, labels: Tensor, recipe: Recipe,
     steps_per_epoch = math.ceil(num_images / recipe.batch_size)
     learner = Learner(layers, recipe, steps_per_epoch)
     # Not `workers.training.train`: a step here takes half a millisecond, and the checks and streams of that loop would double it.
+    epoch_losses = []
     for epoch in range(recipe.epochs):
         order = np.random.default_rng(stream(recipe.seed, "probe batches", epoch)).permutation(chosen)
         losses = []
@@ -188,12 +191,14 @@ def _train(probe: nn.Sequential, tokens: Tensor, labels: Tensor, recipe: Recipe,
             loss.backward()
             learner.update(num_steps + 1)
             losses.append(loss.detach())
-        context.report("train_loss", torch.stack(losses).mean().item(), epoch + 1)
+        epoch_losses.append(torch.stack(losses).mean().item())
+        context.report("train_loss", epoch_losses[-1], epoch + 1)
     exponents = exponent_parameters(probe)
     for name, parameter in probe.named_parameters():
         if name in exponents:
             for group, exponent in enumerate(parameter.tolist()):
                 context.report(f"exponent_{group}", exponent, recipe.epochs)
+    return epoch_losses
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -166,14 +166,14 @@ def _train_and_judge(
         # A set that is streamed knows all its damaged files only now.
         named = ", ".join(dataset.skipped[:5]) + (", ..." if len(dataset.skipped) > 5 else "")
         warnings.append(f"data {dataset.source!r}: skipped as damaged ({len(dataset.skipped)}): {named}")
-    write_predictions(workdir / ARTIFACTS / PREDICTIONS, dataset.test, labels["test"], logits["test"])
+    write_predictions(workdir / ARTIFACTS / PREDICTIONS, dataset.test, labels["test"], logits["test"], training.losses)
     save_model(workdir / WEIGHTS, training.network, model)
     values = {
         "val_top1_pct": top1_pct(logits["val"], labels["val"]),
         "val_nll": mean_nll(logits["val"], labels["val"]),
         "test_top1_pct": top1_pct(logits["test"], labels["test"]),
         "test_nll": mean_nll(logits["test"], labels["test"]),
-        "train_loss": training.train_loss,
+        "train_loss": training.losses[-1],
     }
     if training.data_wait_pct > MUCH_WAITING_PCT:
         warnings.append(f"the training waited for data {training.data_wait_pct:.0f} % of its time: --set train.num_loader_workers=N")
@@ -200,10 +200,13 @@ def _objective(teacher: Path | None, settings: TrainSettings) -> Objective:
     return Distillation(teacher, weight=settings.distillation_weight, temperature=settings.temperature)
 
 
-def write_predictions(path: Path, ids: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> None:
-    """Per-image results `ids (N,)`, `labels (N,)`, `logits (N, K)` float32, from which every statistic can be taken again."""
+def write_predictions(path: Path, ids: np.ndarray, labels: np.ndarray, logits: np.ndarray, losses: Sequence[float]) -> None:
+    """Per-image results `ids (N,)`, `labels (N,)`, `logits (N, K)` float32, and the mean training loss of each epoch, `train_loss (E,)`.
+
+    Every statistic, and whether the training converged, can be taken again from them.
+    """
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, ids=ids, labels=labels, logits=logits.astype(np.float32))
+    np.savez_compressed(buffer, ids=ids, labels=labels, logits=logits.astype(np.float32), train_loss=np.asarray(losses, dtype=float))
     write_bytes_atomically(path, buffer.getvalue())
 
 

@@ -1,7 +1,8 @@
 """MixPro: Data Augmentation with MaskMix and Progressive Attention Labeling for Vision Transformer, https://arxiv.org/abs/2304.12043.
 
 The images are MaskMix's. Progressive attention labelling moves the label's weight to what the class token attends to as the network
-grows confident: lam = alpha lam_attn + (1 - alpha) lam_area, hard labels.
+grows confident: lam = alpha lam_attn + (1 - alpha) lam_area. Labels are smoothed as for every other mixing, so that likelihoods
+compare; the released code smooths them in alpha alone and trains on hard ones.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from workers.mixings.mask_mix import MaskMix
 
 @mixing("mixpro")
 class MixPro(MaskMix):
-    """MaskMix with progressive attention labelling. Labels are hard; smoothing enters alpha alone, as in the released code."""
+    """MaskMix with progressive attention labelling."""
 
     needs_class_row: ClassVar[bool] = True
 
@@ -29,7 +30,7 @@ class MixPro(MaskMix):
         shares = token_shares(mixed.mask, mixed.cell_size, mixed.images.shape[-1], class_row.shape[1])
         alpha = confidence(logits, labels, mixed.partner, mixed.lam, label_smoothing)
         lam = mixed.lam.lerp(attended_share(class_row, shares), alpha if self.reference else alpha.detach())
-        return mixed_loss(logits, labels, mixed.partner, lam, 0.0)
+        return mixed_loss(logits, labels, mixed.partner, lam, 0.0 if self.reference else label_smoothing)
 
 
 def confidence(logits: Tensor, labels: Tensor, partner: Tensor, lam: Tensor, label_smoothing: float) -> Tensor:
