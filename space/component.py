@@ -46,7 +46,19 @@ from space.registry import Registry, SpecError
 Scalar = bool | int | float | str
 REQUIRED: Any = object()
 
-KINDS = ("patch_embed", "prefix", "position", "norm", "mixer", "feed_forward", "token_reduction", "downsampling", "pooling", "head")
+KINDS = (
+    "patch_embed",
+    "prefix",
+    "position",
+    "norm",
+    "mixer",
+    "feed_forward",
+    "layer_scale",
+    "token_reduction",
+    "downsampling",
+    "pooling",
+    "head",
+)
 """In the order of the forward pass; `SETS_WIDTH` names those that are told their output width."""
 
 SETS_WIDTH = frozenset({"patch_embed", "downsampling", "head"})
