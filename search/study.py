@@ -9,7 +9,7 @@ import math
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from results.records import Metric
 from search.budget import UNLIMITED, Budget
 from search.strategy import Problem, Proposer, strategies
+from space.model import Model
 from space.recipe import Recipe
 from space.registry import Registry, SpecError
 from space.search_space import Candidate, SearchSpace
+from space.weights import Weights
 from workers.evaluator import Call, by_todays_names, evaluators
 from workers.resources import Resources, resources_of
 
@@ -54,7 +56,8 @@ class RunSettings:
     `evaluator_settings` holds `--set evaluator.field=text` as `{evaluator: {field: text}}`.
     `num_classes` is that of the networks; `search.preparation` takes it from the data where nobody says it. `defaults` numbers the
     defaults of the time when the study was created, which it keeps. `budget` is what the reported networks may cost. `gpus` are those
-    of each of a trial's `processes`. `options` are the study's own flags, an instance of its class of them.
+    of each of a trial's `processes`. `weights` is a file that the network named by the user starts from, or a folder of such files.
+    `options` are the study's own flags, an instance of its class of them.
     """
 
     study: str
@@ -67,9 +70,10 @@ class RunSettings:
     num_classes: int | None = None
     defaults: int = FITTED
     data: str = DEFAULT_DATA
+    weights: Path | None = None
     budget: Budget = UNLIMITED
     strategy: str | None = None
-    evaluator_settings: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    evaluator_settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     gpus: float = 0.0
     processes: int = 1
     time_limit_s: float | None = None
@@ -87,6 +91,14 @@ class RunSettings:
     def num_classes_or(self, own: int) -> int:
         """The classes of the networks of a study that has `own` where nothing says otherwise, and had always before `FITTED`."""
         return self.num_classes or own if self.defaults >= FITTED else own
+
+    def weights_for(self, model: Model, name: str) -> Weights | None:
+        """What the network that the user calls `name` starts from; raises ValueError for a file that is not of this network."""
+        if self.weights is None:
+            return None
+        from workers.weights import weights_from  # imports torch, which listing studies should not
+
+        return weights_from(Path(self.weights).expanduser(), model, name)
 
     def call(self, evaluator: str) -> Call:
         """The evaluator with this run's settings for it; raises SpecError for a setting it does not have."""
@@ -174,7 +186,7 @@ class Study:
     """
 
     phases: tuple[Phase, ...]
-    designs: Mapping[str, Design] = dataclasses.field(default_factory=dict)
+    designs: Mapping[str, Design] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -212,6 +224,16 @@ class Options:
                 raise SpecError(f"{flag} is {value:g}; at least {at_least} is expected")
             if above is not None and not above < value < math.inf:
                 raise SpecError(f"{flag} is {value:g}; a number above {above} is expected")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(Options):
+    """The flags of a study that trains networks, for those that start from trained weights."""
+
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "a layer learns so many times as fast as the one after it; for --weights", "above": 0}
+    )
+    freeze: int = field(default=0, metadata={"help": "the first blocks that stay as they are; for --weights", "at_least": 0})
 
 
 def flag_of(field_name: str) -> str:
@@ -255,6 +277,7 @@ def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dic
     example = phase.example
     # Keys that came later stand only where they say something, so that older studies still compare equal.
     recipe = {"recipe": dataclasses.replace(example.recipe, seed=0).to_json()} if example.recipe else {}
+    weights = {"weights": example.weights.identity} if example.weights else {}
     resources = phase.trial_resources(run)
     processes = {"processes": resources.processes} if resources.processes > 1 else {}
     accelerator = {"accelerator_type": resources.accelerator_type} if resources.accelerator_type else {}
@@ -272,6 +295,7 @@ def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dic
         **recipe,
         **processes,
         **accelerator,
+        **weights,
         **fitted,
     }
 

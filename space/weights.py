@@ -25,6 +25,8 @@ class Weights:
     std: tuple[float, ...] | None = None
     path: Path = field(compare=False)
     """Where the file is looked for. Whoever reads it compares its checksum."""
+    has_classifier: bool = field(default=True, compare=False)
+    """Whether the network that the file was chosen for gets its classifier."""
     changes: tuple[str, ...] = field(default=(), compare=False)
     """What differs between the file and the network that it was chosen for, a sentence each without a full stop."""
 
