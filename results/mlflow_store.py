@@ -339,7 +339,7 @@ class MlflowTracker:
 
 def _trial_tags(trial: TrialRecord) -> dict[str, str]:
     """Tags that only some trials have; `reused_from` may be known only when the trial ends."""
-    names = ("proxy_digest", "recipe_digest", "settings_digest", "reused_from")
+    names = ("proxy_digest", "recipe_digest", "settings_digest", "weights_digest", "reused_from")
     return {name: str(value) for name in names if (value := getattr(trial, name)) is not None}
 
 

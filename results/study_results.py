@@ -177,7 +177,7 @@ def _first_measurements(finished: Sequence[Run]) -> tuple[list[Run], Counter[str
     # A trial that reused a measurement is never the first, even if its number is lower.
     for run in sorted(finished, key=lambda run: ("reused_from" in run.data.tags, int(run.data.tags["trial"]))):
         tags = run.data.tags
-        digests = (tags["digest"], *(tags.get(name) for name in ("proxy_digest", "recipe_digest", "settings_digest")))
+        digests = (tags["digest"], *(tags.get(name) for name in ("proxy_digest", "recipe_digest", "settings_digest", "weights_digest")))
         key = (tags["phase"], *digests, json.loads(tags["circumstances"])["seed"])
         if key in first:
             left_out[tags["phase"]] += 1

@@ -18,7 +18,7 @@ class TrialRecord:
 
     `params` are Optuna's; `candidate` is its JSON: label, model and, where another network is scored in its place, proxy.
     `digest` names the model that is reported, `proxy_digest` the one that is scored, `recipe_digest` how it was trained, and
-    `settings_digest` the evaluator settings that this trial has of its own.
+    `settings_digest` the evaluator settings that this trial has of its own, `weights_digest` the weights that the network started from.
     `reused_from` is the number of the trial whose measurement this one was given; that one has the artifacts.
     """
 
@@ -32,6 +32,7 @@ class TrialRecord:
     proxy_digest: str | None = None
     recipe_digest: str | None = None
     settings_digest: str | None = None
+    weights_digest: str | None = None
     reused_from: int | None = None
 
 

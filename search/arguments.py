@@ -160,6 +160,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--img-size", type=positive_int, metavar="PX", help="image size of the reported networks")
     parser.add_argument("--num-classes", type=positive_int, metavar="N", help="classes of the networks; default: those of the data")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="weights that the named network starts from: .safetensors, .pth, .pt or .bin, or a folder with NAME.safetensors or the like",
+    )
 
 
 def add_measuring_flags(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,7 @@ from space.registry import SpecError, unknown_name
 
 if TYPE_CHECKING:
     from space.model import Model
+    from space.weights import Weights
     from workers.data import DataSet
     from workers.evaluator import Call
 
@@ -146,10 +147,13 @@ def evaluate_model(argv: list[str]) -> int:
                 raise SpecError(f"--gpus {args.gpus:g}: there is no CUDA device on this machine; leave --gpus out to measure on the CPU")
         spec = _fitted_model(args, calls)
         recipe = parse_recipe(args.recipe, args.seed)
+        weights = _checked_weights(settings, calls, spec, args.model)
         for call in calls:
-            call.evaluator.check(spec, recipe, call.settings)
+            call.check(spec, recipe, weights)
         # With --json, standard output is one object.
         told = sys.stderr if args.json else sys.stdout
+        if weights is not None:
+            print(weights.summary, file=told)
         for doubt in recipe.doubts if recipe else ():
             print(f"warning: {doubt}", file=sys.stderr)
         dataset = _told_dataset(args.data, calls, spec, told)
@@ -157,7 +161,7 @@ def evaluate_model(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             trial=0,
-            candidate=Candidate(model=spec, recipe=recipe),
+            candidate=Candidate(model=spec, recipe=recipe, weights=weights),
             calls=calls,
             seed=args.seed,
             data=args.data,
@@ -183,6 +187,7 @@ def evaluate_model(argv: list[str]) -> int:
         "seed": outcome.seed,
         "num_threads": outcome.num_threads,
         "evaluators": {call.name: call.to_json()["settings"] for call in calls},
+        **({"weights": weights.to_json()} if weights else {}),
     }
     if args.json:
         print(json.dumps(result))
@@ -202,6 +207,18 @@ def _fitted_model(args: argparse.Namespace, calls: tuple[Call, ...]) -> Model:
 
     num_classes = classes_of(calls, args.data, args.num_classes)
     return resized(resolve_model(args.model, args), img_size=args.img_size, num_classes=num_classes)
+
+
+def _checked_weights(settings: RunSettings, calls: tuple[Call, ...], model: Model, name: str) -> Weights | None:
+    if settings.weights is None:
+        return None
+    if all(call.evaluator.weights == "ignored" for call in calls):
+        from workers.evaluator import evaluators
+
+        starting = ", ".join(name for name in evaluators.names() if evaluators.get(name).weights != "ignored")
+        given = ", ".join(call.name for call in calls)
+        raise SpecError(f"--weights {settings.weights}: none of --evaluators {given} starts from weights; {starting} would")
+    return settings.weights_for(model, name)
 
 
 def _told_dataset(data: str, calls: tuple[Call, ...], model: Model, told: TextIO) -> DataSet | None:

@@ -195,7 +195,7 @@ def _why_never(space: SearchSpace, axis: Axis, choice: Scalar, calls: Sequence[C
             candidate = space.decode(random_point(space, generator, {**parent, axis.name: choice}))
             for call in calls:
                 own = call.changed(candidate.settings.get(call.name, {}))
-                call.evaluator.check(subject_of(call, candidate), candidate.recipe, own.settings)
+                own.check(subject_of(call, candidate), candidate.recipe, candidate.weights)
             return ""
         except SpecError as error:
             reason = str(error)

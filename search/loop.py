@@ -234,6 +234,7 @@ class PhaseLoop:
             proxy_digest=candidate.proxy.digest if candidate.proxy else None,
             recipe_digest=candidate.recipe.digest if candidate.recipe else None,
             settings_digest=digest_of(candidate.to_json()["settings"]) if candidate.settings else None,
+            weights_digest=digest_of(candidate.weights.identity) if candidate.weights else None,
             reused_from=None,
         )
         return _Asked(trial, self.measuring.job(trial.number, candidate, self.phase.evaluators), record)

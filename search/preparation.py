@@ -81,6 +81,7 @@ def data_summary(study: Study, run: RunSettings) -> str:
 def announcements(study: Study, run: RunSettings, given: RunSettings) -> list[str]:
     """What the run will do, phase by phase, and what is doubtful in it; `given` are the settings before `fitted`."""
     lines = [f"{run.study_name}/{phase.name}: {_plan(phase, run, given)}" for phase in study.phases]
+    lines += dict.fromkeys(phase.example.weights.summary for phase in study.phases if phase.example.weights)
     doubts = dict.fromkeys(doubt for phase in study.phases if phase.example.recipe for doubt in phase.example.recipe.doubts)
     return [*lines, *(f"warning: {doubt}" for doubt in doubts)]
 

@@ -208,7 +208,9 @@ class Plan:
             phase.budget.check_reachable(phase.space)
             example = phase.example
             for call in phase.evaluators:
-                call.evaluator.check(subject_of(call, example), example.recipe, call.settings)
+                call.check(subject_of(call, example), example.recipe, example.weights)
+        if settings.weights is not None and not any(phase.example.weights for phase in self.study.phases):
+            raise SettingsError(f"--weights {settings.weights} means nothing here: study {settings.study!r} trains no network of yours")
         self.paths = RunPaths(settings.runs)
         self.data_fingerprint = ""
         if any(call.evaluator.uses_data for phase in self.study.phases for call in phase.evaluators):

@@ -9,7 +9,7 @@ import math
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from results.records import Metric
 from search.budget import UNLIMITED, Budget
 from search.strategy import Problem, Proposer, strategies
+from space.model import Model
 from space.recipe import Recipe
 from space.registry import Registry, SpecError, unknown_name
 from space.search_space import Candidate, SearchSpace
+from space.weights import Weights
 from workers.evaluator import Call, by_todays_names, evaluators
 from workers.resources import Resources, resources_of
 
@@ -57,8 +59,9 @@ class RunSettings:
     `evaluator_settings` holds `--set evaluator.field=text` as `{evaluator: {field: text}}`.
     `num_classes` is that of the networks; `search.preparation` takes it from the data where nobody says it. `defaults` numbers the
     defaults of the time when the study was created, which it keeps. `budget` is what the reported networks may cost. `gpus` are those
-    of each of a trial's `processes`. `evaluators` are measured beside the study's own, and `objectives` stand in the place of its own;
-    both are names, or a text of names separated by commas. `options` are the study's own flags, an instance of its class of them.
+    of each of a trial's `processes`. `weights` is a file that the network named by the user starts from, or a folder of such files.
+    `evaluators` are measured beside the study's own, and `objectives` stand in the place of its own; both are names, or a text of names
+    separated by commas. `options` are the study's own flags, an instance of its class of them.
     """
 
     study: str
@@ -71,11 +74,12 @@ class RunSettings:
     num_classes: int | None = None
     defaults: int = CONVERGING
     data: str = DEFAULT_DATA
+    weights: Path | None = None
     budget: Budget = UNLIMITED
     strategy: str | None = None
     evaluators: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ()
-    evaluator_settings: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    evaluator_settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     gpus: float = 0.0
     processes: int = 1
     time_limit_s: float | None = None
@@ -95,6 +99,14 @@ class RunSettings:
     def num_classes_or(self, own: int) -> int:
         """The classes of the networks of a study that has `own` where nothing says otherwise, and had always before `FITTED`."""
         return self.num_classes or own if self.defaults >= FITTED else own
+
+    def weights_for(self, model: Model, name: str) -> Weights | None:
+        """What the network that the user calls `name` starts from; raises ValueError for a file that is not of this network."""
+        if self.weights is None:
+            return None
+        from workers.weights import weights_from  # imports torch, which listing studies should not
+
+        return weights_from(Path(self.weights).expanduser(), model, name)
 
     def call(self, evaluator: str) -> Call:
         """The evaluator with this run's settings for it; raises SpecError for a setting it does not have."""
@@ -196,7 +208,7 @@ class Study:
     """
 
     phases: tuple[Phase, ...]
-    designs: Mapping[str, Design] = dataclasses.field(default_factory=dict)
+    designs: Mapping[str, Design] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -236,6 +248,16 @@ class Options:
                 raise SpecError(f"{flag} is {value:g}; a number above {above} is expected")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(Options):
+    """The flags of a study that trains networks, for those that start from trained weights."""
+
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "a layer learns so many times as fast as the one after it; for --weights", "above": 0}
+    )
+    freeze: int = field(default=0, metadata={"help": "the first blocks that stay as they are; for --weights", "at_least": 0})
+
+
 def flag_of(field_name: str) -> str:
     return f"--{field_name.replace('_', '-')}"
 
@@ -268,7 +290,8 @@ def study(name: str, *, options: type[Options] = Options) -> Callable[[Callable[
     `options` is a frozen keyword-only dataclass derived from `Options`. Its fields, each with a default, become the study's own flags.
     A field is `str`, `int`, `float`, `bool` or, for a flag that may be repeated, `tuple[str, ...]`. Its metadata declares the rest:
     `field(default=3, metadata={"help": "paired trainings", "at_least": 0})`. "help" explains the flag, "metavar" stands for the
-    text behind it; "at_least" or "above" is the lower bound of a finite number, which `Options` checks. An instance arrives as `RunSettings.options`.
+    text behind it; "at_least" or "above" is the lower bound of a finite number, which `Options` checks. An instance arrives as
+    `RunSettings.options`.
     """
 
     def register(make: Callable[[RunSettings], Study]) -> Callable[[RunSettings], Study]:
@@ -284,6 +307,7 @@ def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dic
     example = phase.example
     # Keys that came later stand only where they say something, so that older studies still compare equal.
     recipe = {"recipe": dataclasses.replace(example.recipe, seed=0).to_json()} if example.recipe else {}
+    weights = {"weights": example.weights.identity} if example.weights else {}
     resources = phase.trial_resources(run)
     processes = {"processes": resources.processes} if resources.processes > 1 else {}
     accelerator = {"accelerator_type": resources.accelerator_type} if resources.accelerator_type else {}
@@ -301,6 +325,7 @@ def phase_settings(phase: Phase, run: RunSettings, data_fingerprint: str) -> dic
         **recipe,
         **processes,
         **accelerator,
+        **weights,
         **fitted,
     }
 

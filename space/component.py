@@ -16,11 +16,15 @@ methods, with these signatures:
     output_shape(shape, **choices) -> TokenShape     what goes out, if not what came in; raises SpecError if illegal
     canonical(**choices) -> Component                an equal component in simpler terms (no effect: normalised away)
     tap_cost(shape, tap, **choices) -> Cost          of a mixer that offers a tap: what `tap` adds to `cost`
+    folds(shape, **choices) -> dict[str, Folds]      by name, its tensors with a dimension folded from several sizes
 
 and optional methods of the module, which name parameters of its own:
 
     no_weight_decay() -> set[str]                    no weight decay, as in timm (parameters of one dimension get none anyway)
     exponent_parameters() -> set[str]                exponents, which learn at a rate of their own
+
+Where a width shrinks, a tensor keeps the first entries of every dimension (`space/slicing.py`). One whose dimension is folded from several
+sizes keeps the first of each of them, and says so: the rows of fused queries, keys and values are `(3, num_heads, head_dim)`.
 
 A pooling goes out as `TokenShape(dim, 1)`, which stands for `(B, dim)`, and a head as `TokenShape(num_classes, 1)`. A
 component with parameters outside of Linear, Conv2d and norm modules draws them in `init_weights(generator)`.
@@ -42,7 +46,19 @@ from space.registry import Registry, SpecError
 Scalar = bool | int | float | str
 REQUIRED: Any = object()
 
-KINDS = ("patch_embed", "prefix", "position", "norm", "mixer", "feed_forward", "token_reduction", "downsampling", "pooling", "head")
+KINDS = (
+    "patch_embed",
+    "prefix",
+    "position",
+    "norm",
+    "mixer",
+    "feed_forward",
+    "layer_scale",
+    "token_reduction",
+    "downsampling",
+    "pooling",
+    "head",
+)
 """In the order of the forward pass; `SETS_WIDTH` names those that are told their output width."""
 
 SETS_WIDTH = frozenset({"patch_embed", "downsampling", "head"})
@@ -97,6 +113,10 @@ class Cost(NamedTuple):
     @classmethod
     def layer_norm(cls, num_rows: int, dim: int) -> Cost:
         return cls(params=2 * dim, fvcore_macs=5 * num_rows * dim)
+
+
+Folds = tuple[tuple[int, ...], ...]
+"""For each dimension of a tensor, the sizes that it is folded from, the slowest first: `((3, num_heads, head_dim), (dim,))`."""
 
 
 class AttentionTap(IntEnum):

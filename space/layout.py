@@ -123,15 +123,18 @@ def _block_group(block: BlockSpec, norm: Component, shape: TokenShape) -> Group:
     for path, kind, component in (
         ("norm1", "norm", norm),
         ("mixer", "mixer", block.mixer),
+        ("layer_scale1", "layer_scale", block.layer_scale),
         ("token_reduction", "token_reduction", block.token_reduction),
         ("norm2", "norm", norm),
         ("feed_forward", "feed_forward", block.feed_forward),
+        ("layer_scale2", "layer_scale", block.layer_scale),
     ):
         if component is not None:
             parts.append(_place(path, kind, component, shape, None))
             shape = parts[-1].output_shape
     if block.token_reduction is not None:
-        mixer, reduction = parts[1].module_class.declaration, parts[2].module_class.declaration
+        mixer = parts[1].module_class.declaration
+        reduction = components.get("token_reduction", block.token_reduction.name).declaration
         if reduction.attention_tap > mixer.offers_tap:
             raise SpecError(
                 f"token_reduction: {reduction.name!r} reads an attention tap of level {reduction.attention_tap.name}; "

@@ -20,9 +20,10 @@ from space.component import Cost
 from space.registry import Registry, SpecError, unknown_name
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from space.spec import ArchSpec
+    from space.state_dicts import Fitted
 
 
 class Model(Protocol):
@@ -102,6 +103,25 @@ class ModelKind(ABC, Generic[M]):
         """As `as_arch`."""
         return None
 
+    def fit(self, model: M, tensors: Mapping[str, Tensor], stored: Model | None) -> Fitted:
+        """As `fit_tensors`; a kind that does not override this takes the tensors of the very same network."""
+        from space.state_dicts import Fitted, differences
+
+        if problems := differences(tensors, self.build(model, seed=0, drop_path=0.0).state_dict(), fresh=()):
+            raise SpecError(problems)
+        return Fitted(dict(tensors), (), has_classifier=True)
+
+    def normalisation(self, model: M) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation, per channel, of the images that published weights of the model take; None if not known."""
+        return None
+
+    def foldable_convolution(self, model: M) -> str | None:
+        """The path of the convolution that sees the image first, if it has a bias and pads nothing, else None.
+
+        Only in such a convolution another normalisation of the images can be made up for.
+        """
+        return None
+
 
 kinds: Registry[ModelKind[Any]] = Registry("model_kind", package="space.kinds")
 K = TypeVar("K", bound=ModelKind[Any])
@@ -138,6 +158,15 @@ def build_model(model: Model, *, seed: int, drop_path: float = 0.0) -> nn.Module
     if not 0.0 <= drop_path < 1.0:
         raise ValueError(f"drop_path is {drop_path!r}; allowed: from 0 to below 1")
     return kinds.get(model.kind).build(model, seed=seed, drop_path=drop_path)
+
+
+def fit_tensors(model: Model, tensors: Mapping[str, Tensor], stored: Model | None = None) -> Fitted:
+    """The tensors of a file, by their names in timm's layout or ours, fitted to the network of `model`; `stored` is theirs, if it is known.
+
+    What may differ is replaced or resampled, and said: the classifier, the pooling, the number of positions and the size of the patches.
+    Raises SpecError, in one line, if the tensors are of another architecture.
+    """
+    return kinds.get(model.kind).fit(model, tensors, stored)
 
 
 def resized(model: M, *, img_size: int | None = None, num_classes: int | None = None) -> M:

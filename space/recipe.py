@@ -32,6 +32,9 @@ class Recipe:
     name of a registered mixing, which the training looks up. `mixing_grids` are the cells per side that a grid mixing draws from, empty for
     the method's own; `mixing_reference` follows the released code where it differs from the paper's idea. `precision` is that of the
     forward pass; `auto` is bf16 on a GPU that has it, else fp32.
+
+    For a network that starts from trained weights: a layer learns `layer_decay` times as fast as the one after it, and the first `freeze`
+    blocks stay as they are, with all that comes before them.
     """
 
     epochs: int
@@ -59,6 +62,8 @@ class Recipe:
     mixing_reference: bool = False
     precision: Precision = "auto"
     compile: bool = False
+    layer_decay: float = 1.0
+    freeze: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.mixing_grids, tuple | list):
@@ -150,7 +155,8 @@ def recipe_field_type(name: str, where: str) -> Any:
 
 _RANGES = (
     ("epochs batch_size num_accumulation", lambda value: value > 0, "whole numbers above 0"),
-    ("seed", lambda value: value >= 0, "whole numbers from 0"),
+    ("seed freeze", lambda value: value >= 0, "whole numbers from 0"),
+    ("layer_decay", lambda value: 0 < value <= 1, "above 0 to 1"),
     ("lr lion_scale exponent_lr_scale", lambda value: 0 < value < math.inf, "numbers above 0"),
     ("min_lr weight_decay warmup_epochs clip_grad_norm", lambda value: 0 <= value < math.inf, "numbers from 0"),
     ("label_smoothing drop_path ema_decay", lambda value: 0 <= value < 1, "from 0 to below 1"),

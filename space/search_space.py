@@ -16,6 +16,7 @@ from space.recipe import Recipe
 from space.registry import SpecError
 from space.spec import ArchSpec, digest_of
 from space.values import Choices, Interval
+from space.weights import Weights
 
 
 class Suggests(Protocol):
@@ -75,12 +76,13 @@ class Candidate:
 
     `settings` are evaluator settings of this trial alone, `{"profile": {"batch_size": 8}}`; they overrule those of its phase. Under
     the name "resources" they say what the trial takes of the cluster: `{"resources": {"accelerator_type": "H100"}}`. Settings and the
-    accelerator type are part of the measurement's identity. `label` is the method's own notation of the network, as a reader of the
-    leaderboard knows it.
+    accelerator type are part of the measurement's identity. `weights` are those that the network starts from, None for fresh ones. `label`
+    is the method's own notation of the network, as a reader of the leaderboard knows it.
     """
 
     model: Model
     recipe: Recipe | None = None
+    weights: Weights | None = None
     proxy: ArchSpec | None = None
     settings: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict, hash=False)
     label: str = ""
@@ -92,9 +94,10 @@ class Candidate:
 
     def to_json(self) -> dict[str, Any]:
         recipe = {"recipe": self.recipe.to_json()} if self.recipe else {}
+        weights = {"weights": self.weights.to_json()} if self.weights else {}
         proxy = {"proxy": self.proxy.to_json()} if self.proxy else {}
         settings = {"settings": {name: dict(chosen) for name, chosen in self.settings.items()}} if self.settings else {}
-        return {"label": self.label, "model": self.model.to_json(), **recipe, **proxy, **settings}
+        return {"label": self.label, "model": self.model.to_json(), **recipe, **weights, **proxy, **settings}
 
 
 @dataclass(frozen=True, kw_only=True)

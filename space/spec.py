@@ -95,14 +95,15 @@ _REQUIRED_PARTS = frozenset({"mixer", "feed_forward", "patch_embed", "norm", "po
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
-    """A pre-norm residual block: mixer, optional token reduction, feed-forward."""
+    """A pre-norm residual block: mixer, optional token reduction, feed-forward; `layer_scale` scales what both residuals add."""
 
     mixer: Component
     feed_forward: Component
     token_reduction: Component | None = None
+    layer_scale: Component | None = None
 
     def __post_init__(self) -> None:
-        _store_canonical(self, {"mixer": "mixer", "feed_forward": "feed_forward", "token_reduction": "token_reduction"})
+        _store_canonical(self, {kind: kind for kind in ("mixer", "feed_forward", "token_reduction", "layer_scale")})
 
 
 @dataclass(frozen=True, kw_only=True)

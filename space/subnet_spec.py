@@ -53,7 +53,7 @@ class SubnetSpec:
         for index, (ours, theirs) in enumerate(zip(self.arch.stages, self.supernet.stages, strict=True)):
             yield f"stages[{index}].downsampling", "downsampling", ours.downsampling, theirs.downsampling
             for number, (block, origin) in enumerate(zip(ours.blocks, self.kept[index], strict=True)):
-                for kind in ("mixer", "token_reduction", "feed_forward"):
+                for kind in ("mixer", "token_reduction", "feed_forward", "layer_scale"):
                     where = f"stages[{index}].blocks[{number}].{kind}, kept from block {origin}"
                     yield where, kind, getattr(block, kind), getattr(theirs.blocks[origin], kind)
 

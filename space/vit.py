@@ -1,4 +1,4 @@
-"""The network of a spec: `VisionTransformer`, its construction, its initial weights and timm's weights.
+"""The network of a spec: `VisionTransformer`, its construction and its initial weights.
 
 Module names are the paths of `layout`: `stages.0.blocks.1.mixer`. The model knows the kinds of components and their order, but no component
 by name.
@@ -7,7 +7,7 @@ by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,9 +31,11 @@ class Block(nn.Module):
         self.tap = tap
         self.norm1 = take(f"{path}.norm1")
         self.mixer = take(f"{path}.mixer")
+        self.layer_scale1 = take(f"{path}.layer_scale1") or nn.Identity()
         self.token_reduction = take(f"{path}.token_reduction")
         self.norm2 = take(f"{path}.norm2")
         self.feed_forward = take(f"{path}.feed_forward")
+        self.layer_scale2 = take(f"{path}.layer_scale2") or nn.Identity()
         self.drop_path = _drop_path(drop_path)
 
     def forward(self, x: Tensor, with_class_row: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -43,10 +45,10 @@ class Block(nn.Module):
             mixed, tapped = self.mixer(self.norm1(x), tap=self.tap or AttentionTap.CLASS_ROW)
         else:
             mixed = self.mixer(self.norm1(x))
-        x = x + self.drop_path(mixed)
+        x = x + self.drop_path(self.layer_scale1(mixed))
         if self.token_reduction is not None:
             x = self.token_reduction(x, tapped) if self.tap else self.token_reduction(x)
-        x = x + self.drop_path(self.feed_forward(self.norm2(x)))
+        x = x + self.drop_path(self.layer_scale2(self.feed_forward(self.norm2(x))))
         return (x, tapped) if with_class_row else x
 
 
@@ -113,6 +115,15 @@ class VisionTransformer(nn.Module):
             raise SpecError(f"no class row: {self._no_class_row}")
         tokens, rows = self.stages[-1](self._before_last_stage(x), with_class_row=True)
         return self._logits(tokens), rows.mean(dim=1)[:, self._num_prefix :]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter names by layer, in timm's convention: what precedes the blocks, each block (`coarse`: stage), the rest."""
+        stage = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)"
+        with_the_block_before = (99999,)
+        return {
+            "stem": r"^(?:patch_embed|prefix|position)\.",
+            "blocks": [(stage, None), (r"^stages\.(\d+)\.downsampling", with_the_block_before), (r"^norm\.", with_the_block_before)],
+        }
 
     def _before_last_stage(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
@@ -189,42 +200,6 @@ def initialize_by_path(model: nn.Module, generator_of: Callable[[str, nn.Module]
     for path, module in reversed(list(model.named_modules())):
         if hasattr(module, "init_weights") or next(module.parameters(recurse=False), None) is not None:
             initialize(module, generator_of(path, module))
-
-
-def load_timm_state_dict(model: VisionTransformer, state_dict: Mapping[str, Tensor]) -> None:
-    """Load the weights of a timm `VisionTransformer` of the same architecture.
-
-    Raises SpecError naming what is missing, left over or of another shape; the model is then unchanged.
-    """
-    if len(model.spec.stages) != 1:
-        raise SpecError(f"timm's VisionTransformer has one stage, this network {len(model.spec.stages)}")
-    weights = {_from_timm(name): weight for name, weight in state_dict.items()}
-    own = model.state_dict()
-    problems = [f"missing {name}" for name in own.keys() - weights.keys()]
-    problems += [f"left over {name}" for name in weights.keys() - own.keys()]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)} and should be {tuple(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if own[name].shape != weights[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise SpecError(f"timm's weights are of another architecture: {'; '.join(sorted(problems)[:6])}{more}")
-    model.load_state_dict(weights)
-
-
-_TIMM_NAMES = {
-    "cls_token": "prefix.class_token",
-    "reg_token": "prefix.registers",
-    "pos_embed": "position.pos_embed",
-    "blocks": "stages.0.blocks",
-    "attn": "mixer",
-    "mlp": "feed_forward.mlp",
-}
-
-
-def _from_timm(name: str) -> str:
-    return ".".join(_TIMM_NAMES.get(step, step) for step in name.split("."))
 
 
 def _drop_path(rate: float) -> nn.Module:

@@ -51,6 +51,7 @@ def network(kind: str, part: Component, img_size: int) -> ArchSpec:
     """A network of two small blocks at `img_size` pixels with `part` in its place, and with the class token that it needs."""
     declared = declaration(kind, part.name)
     has_prefix = kind == "prefix" or declared.needs_class_token or declared.attention_tap == AttentionTap.CLASS_ROW
+    has_prefix |= part.choices.get("covers_prefix") is False
     parts: dict[str, Any] = {
         "patch_embed": Component("conv", kernel=4, stride=4),
         "prefix": Component("class_token") if has_prefix else None,
@@ -61,7 +62,7 @@ def network(kind: str, part: Component, img_size: int) -> ArchSpec:
         "mixer": Component("attention", num_heads=2, head_dim=5),
         "feed_forward": Component("mlp", hidden_dim=20),
     }
-    (in_block if kind in ("mixer", "feed_forward", "token_reduction") else parts)[kind] = part
+    (in_block if kind in ("mixer", "feed_forward", "token_reduction", "layer_scale") else parts)[kind] = part
     downsampling = parts.pop("downsampling", Component("patch_merging", kernel=2))
     first = BlockSpec(**in_block)
     last = BlockSpec(mixer=Component("attention", num_heads=1, head_dim=4), feed_forward=in_block["feed_forward"])

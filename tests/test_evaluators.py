@@ -27,6 +27,7 @@ from workers.evaluate import Job, evaluate
 from workers.evaluator import ARTIFACTS, Call, Context, EarlierTrial, NoSettings, evaluators
 from workers.evaluators import profile as profile_module
 from workers.evaluators.profile import ProfileSettings, profile
+from workers.weights import weights_from
 
 SMALL = spec(Network.parse("4,8,2|2,4,2|2,2,2|2,1,2|16,8"), img_size=32, num_classes=10)
 CONTEXT = Context(seed=0)
@@ -68,6 +69,7 @@ def run(trained, tmp_path):
             seed=0,
             dataset=dataset,
             recipe=RECIPE,
+            weights=weights_from(workdir / "model.pt", SMALL) if each.weights == "needed" else None,
             workdir=workdir,
             earlier={"backbone": (EarlierTrial(number=0, workdir=trained, key="backbone"),)},
         )
@@ -97,6 +99,7 @@ def test_a_model_of_timm_is_measured_or_refused_with_the_reason(each, tmp_path):
         seed=0,
         dataset=dataset,
         recipe=RECIPE,
+        weights=weights_from(tmp_path / "model.pt", model) if each.weights == "needed" else None,
         workdir=tmp_path,
         earlier={"backbone": (EarlierTrial(number=0, workdir=tmp_path, key="backbone"),)},
     )

@@ -24,6 +24,7 @@ from space.model import (
     as_arch,
     build_model,
     depth_of,
+    fit_tensors,
     kinds,
     model_from_json,
     require_arch,
@@ -73,6 +74,35 @@ def test_counts_are_those_of_the_built_network(model: Model):
     assert counted.params == sum(parameter.numel() for parameter in network.parameters())
     assert counted.fvcore_macs == fvcore_macs(network, model.img_size, model.in_chans)
     assert tuple(map(sum, zip(*cost_by_part(model).values(), strict=True))) == tuple(counted)
+
+
+@EVERY
+def test_its_own_tensors_fit_unchanged_and_others_do_not(model: Model):
+    own = build_model(model, seed=0).state_dict()
+    tensors, changes, has_classifier = fit_tensors(model, own, model)
+    assert (changes, has_classifier) == ((), True)
+    assert tensors.keys() == own.keys()
+    assert all(torch.equal(tensors[name], own[name]) for name in own)
+    with pytest.raises(SpecError, match="extra is left over"):
+        fit_tensors(model, own | {"extra": torch.zeros(2)}, model)
+
+
+@EVERY
+def test_a_new_number_of_classes_gets_a_new_classifier(model: Model):
+    own = build_model(resized(model, num_classes=9), seed=0).state_dict()
+    _, changes, has_classifier = fit_tensors(model, own)
+    assert changes == (f"classifier replaced (9 classes to {model.num_classes})",)
+    assert not has_classifier
+
+
+@EVERY
+def test_another_normalisation_of_the_images_folds_into_one_convolution(model: Model):
+    name = kinds.get(model.kind).foldable_convolution(model)
+    if name is not None:
+        convolution = build_model(model, seed=0).get_submodule(name)
+        assert isinstance(convolution, torch.nn.Conv2d)
+        assert convolution.bias is not None
+        assert convolution.padding == (0, 0)
 
 
 @EVERY

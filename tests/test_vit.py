@@ -9,11 +9,13 @@ import torch
 from test_spec import WITH_GRID, tiny
 from torch import nn
 
+from space.families.deit3 import deit3_vit
 from space.families.vit import plain_vit
 from space.layout import layout
+from space.model import fit_tensors
 from space.registry import SpecError
-from space.spec import Component
-from space.vit import build, initialize, load_timm_state_dict
+from space.spec import ArchSpec, Component
+from space.vit import build, initialize
 
 DEIT_TINY_CUT = dataclasses.replace(plain_vit(192, 3, 3), img_size=64)
 
@@ -49,35 +51,64 @@ def test_timm_weights_give_timm_logits(changes: dict, timm_changes: dict):
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     ours = build(dataclasses.replace(DEIT_TINY_CUT, **changes)).eval()
-    load_timm_state_dict(ours, theirs.state_dict())
+    ours.load_state_dict(fit_tensors(ours.spec, theirs.state_dict()).tensors)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)  # fp32 order of sums
 
 
-def test_deit_tiny_of_timm_loads_and_agrees():
+PATCHES_ONLY = {"position": Component("learned", covers_prefix=False)}
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "changes"),
+    [
+        ("vit_tiny_patch16_224", plain_vit(192, 2, 3), {}),
+        ("vit_small_patch16_224", plain_vit(384, 2, 6), {}),
+        ("vit_base_patch16_224", plain_vit(768, 2, 12), {}),
+        ("deit_tiny_patch16_224", plain_vit(192, 2, 3), {}),
+        ("deit_small_patch16_224", plain_vit(384, 2, 6), {}),
+        ("deit_base_patch16_224", plain_vit(768, 2, 12), {}),
+        ("deit3_small_patch16_224", deit3_vit(384, 2, 6), {}),
+        ("deit3_base_patch16_224", deit3_vit(768, 2, 12), {}),
+        ("deit3_large_patch16_224", deit3_vit(1024, 2, 16), {}),
+        (
+            "vit_small_patch14_reg4_dinov2",
+            dataclasses.replace(deit3_vit(384, 2, 6), img_size=56, patch_embed=Component("conv", kernel=14, stride=14)),
+            {"prefix": Component("class_token", num_registers=4)},
+        ),
+    ],
+)
+def test_weights_of_a_network_of_timm_are_ours_and_give_its_logits(name: str, ours: ArchSpec, changes: dict):
     import timm
 
-    theirs = timm.create_model("deit_tiny_patch16_224").eval()
-    ours = build(plain_vit(192, 12, 3)).eval()
-    load_timm_state_dict(ours, theirs.state_dict())
-    x = torch.randn(1, 3, 224, 224)
+    spec = dataclasses.replace(ours, **changes)
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, depth=2, img_size=spec.img_size, num_classes=spec.num_classes).eval()
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+        for parameter_name, parameter in theirs.named_parameters():
+            if parameter_name.endswith("gamma"):
+                parameter.uniform_(0.1, 1.0)  # At their first 1e-6 they would hide a wrong block.
+    fitted = fit_tensors(spec, theirs.state_dict())
+    assert fitted.changes == ()
+    network = build(spec).eval()
+    network.load_state_dict(fitted.tensors)
+    x = torch.randn(1, 3, spec.img_size, spec.img_size)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), theirs(x), rtol=1e-5, atol=1e-5)  # fp32 order of sums
 
 
-def test_weights_of_another_architecture_are_refused_and_change_nothing():
-    ours = build(dataclasses.replace(DEIT_TINY_CUT, img_size=96))
-    before = {name: weight.clone() for name, weight in ours.state_dict().items()}
-    with pytest.raises(SpecError, match=r"position.pos_embed is \(1, 17, 192\) and should be \(1, 37, 192\)"):
-        load_timm_state_dict(ours, timm_vit().state_dict())
-    with pytest.raises(SpecError, match=r"left over prefix.registers"):
-        load_timm_state_dict(ours, timm_vit(reg_tokens=2).state_dict())
-    with pytest.raises(SpecError, match=r"missing stages.0.blocks.2.*and \d+ more"):
-        load_timm_state_dict(ours, {name: weight for name, weight in timm_vit().state_dict().items() if "blocks.2" not in name})
-    assert all(torch.equal(before[name], weight) for name, weight in ours.state_dict().items())
-    with pytest.raises(SpecError, match="has one stage, this network 2"):
-        load_timm_state_dict(build(WITH_GRID), {})
+def test_tensors_of_another_architecture_are_refused():
+    with pytest.raises(SpecError, match=r"pos_embed has 19 positions: without 1 of prefix tokens they fill no square grid"):
+        fit_tensors(DEIT_TINY_CUT, timm_vit(reg_tokens=2).state_dict())
+    with pytest.raises(SpecError, match=r"prefix.registers is left over"):
+        fit_tensors(DEIT_TINY_CUT, timm_vit().state_dict() | {"reg_token": torch.zeros(1, 2, 192)})
+    with pytest.raises(SpecError, match=r"no stages.0.blocks.2.*and \d+ more"):
+        fit_tensors(DEIT_TINY_CUT, {name: weight for name, weight in timm_vit().state_dict().items() if "blocks.2" not in name})
+    with pytest.raises(SpecError, match=r"head.weight is \(1000, 192\) and should be \(1000, 96\)"):
+        fit_tensors(plain_vit(96, 3, 3), build(plain_vit(96, 3, 3)).state_dict() | {"head.weight": torch.zeros(1000, 192)})
+    with pytest.raises(SpecError, match="pos_embed has 17 positions: without 0 of prefix tokens they fill no square grid"):
+        fit_tensors(dataclasses.replace(DEIT_TINY_CUT, img_size=96, **PATCHES_ONLY), timm_vit().state_dict())
 
 
 def test_modules_are_named_by_their_path():

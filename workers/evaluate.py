@@ -69,6 +69,8 @@ class Job:
             if recipe.ema_decay:
                 # Moving averages without a warm-up were measured under the shorter key.
                 identity.append({"ema": "warm-up"})
+        if (weights := self.candidate.weights) is not None:
+            identity.append({"weights": weights.identity})
         if self.resources.processes > 1:
             identity.append({"processes": self.resources.processes})
         if self.resources.accelerator_type:
@@ -129,7 +131,7 @@ def evaluate(
     values: dict[str, float] = {}
     try:
         for call in job.calls:
-            call.evaluator.check(subject_of(call, job.candidate), job.candidate.recipe, call.settings)
+            call.check(subject_of(call, job.candidate), job.candidate.recipe, job.candidate.weights)
         if not all(call.evaluator.is_free for call in job.calls):
             set_num_threads(job.num_threads)
         if dataset is None and job.needs_dataset:
@@ -139,6 +141,7 @@ def evaluate(
             data=job.data,
             dataset=dataset,
             recipe=job.candidate.recipe,
+            weights=job.candidate.weights,
             earlier=job.earlier,
             continues=job.continues,
             device=device,

@@ -23,6 +23,7 @@ from space.recipe import Recipe
 from space.registry import Registry, SpecError, unknown_name
 from space.spec import digest_of
 from space.values import parse_value
+from space.weights import Weights
 from workers.resources import Resources
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ class Context:
     """What an evaluator may use beside the model.
 
     `data` names the images; `dataset` holds all of them for an evaluator that declares `needs_dataset`. `workdir` outlives a lost
-    worker; what an evaluator leaves in its folder `artifacts` goes to MLflow with the trial. `earlier` holds the trials of earlier
+    worker; what an evaluator leaves in its folder `artifacts` goes to MLflow with the trial. The network starts from `weights`, or from
+    fresh ones if there are none; `workers.weights.load_weights` reads them. `earlier` holds the trials of earlier
     phases that the phase needs, best first; `continues` is the work directory of an earlier trial of the same training, to go on
     from. With `processes` above 1 the evaluator coordinates that many processes, each on a `device` of its own, and computes nothing
     itself.
@@ -90,6 +92,7 @@ class Context:
     data: str = "digits"
     dataset: DataSet | None = None
     recipe: Recipe | None = None
+    weights: Weights | None = None
     earlier: Mapping[str, tuple[EarlierTrial, ...]] = field(default_factory=dict)
     continues: Path | None = None
     device: str = "cpu"
@@ -124,10 +127,11 @@ class Evaluator:
     `is_free` marks one that costs microseconds and needs no image: a study of free evaluators alone needs no cluster. `subject` says which
     network of a candidate it looks at: the real one that is reported, or the proxy that is scored in its place. `needs_dataset` asks for
     the whole labelled set, which workers share; `uses_data` alone means that the evaluator loads a sample itself. An evaluator that
-    `uses_processes` spreads its work over the processes of the trial (`workers.distributed.on_devices`); any other runs in one of them. Two
-    trials that differ in nothing but the setting named by `continued_by` are one training, stopped at different points: the later may go on
-    from the files of the earlier. `check(model, recipe, settings)` is called before anything is measured, and raises SpecError for what the
-    evaluator could never measure.
+    `uses_processes` spreads its work over the processes of the trial (`workers.distributed.on_devices`); any other runs in one of them.
+    `weights` says what it does with those that a candidate starts from: one that ignores them looks at the architecture alone, and one
+    that needs them takes their classifier too. Two trials that differ in nothing but the setting named by `continued_by` are one
+    training, stopped at different points: the later may go on from the files of the earlier. `check(model, recipe, settings)` is called
+    before anything is measured, and raises SpecError for what the evaluator could never measure.
     """
 
     name: str
@@ -140,6 +144,7 @@ class Evaluator:
     uses_data: bool = False
     needs_dataset: bool = False
     uses_processes: bool = False
+    weights: Literal["ignored", "optional", "needed"] = "ignored"
     continued_by: str = ""
     is_deterministic: bool = True
     cpus: float = 1.0
@@ -212,6 +217,14 @@ class Call:
     @property
     def digest(self) -> str:
         return digest_of(self.to_json())
+
+    def check(self, model: Model, recipe: Recipe | None, weights: Weights | None) -> None:
+        """Raise SpecError for what the evaluator could never measure; called before any work."""
+        self.evaluator.check(model, recipe, self.settings)
+        if self.evaluator.weights == "needed" and weights is None:
+            raise SpecError(f"{self.name} needs --weights: a network with fresh weights knows nothing")
+        if self.evaluator.weights == "needed" and weights is not None and not weights.has_classifier:
+            raise SpecError(f"{self.name} needs a classifier for {model.num_classes} classes, and {weights.path.name} has none")
 
     def changed(self, settings: Mapping[str, Any]) -> Call:
         """The same call with some settings of a trial's own; raises SpecError for one that does not exist or is not allowed."""

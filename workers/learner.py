@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from space.model import decay_exempt, exponent_parameters
 from space.recipe import Recipe
+from workers.layers import rate_scales
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,11 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     from timm import optim
 
     exempt, exponents = decay_exempt(network), exponent_parameters(network)
+    scales = rate_scales(network, recipe.layer_decay)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         decay = 0.0 if name in exempt or name in exponents else recipe.optimizer_weight_decay
-        scale = recipe.exponent_lr_scale if name in exponents else 1.0
+        scale = (recipe.exponent_lr_scale if name in exponents else 1.0) * scales[name]
         groups.setdefault((decay, scale), []).append(parameter)
     # timm's schedulers multiply the rate of a group by its "lr_scale".
     params: Any = [{"params": params, "weight_decay": decay, "lr_scale": scale} for (decay, scale), params in groups.items()]

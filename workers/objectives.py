@@ -31,13 +31,16 @@ from space.model import Model, build_model
 from space.randomness import stream
 from space.recipe import Recipe
 from space.registry import SpecError
+from space.weights import Weights
 from workers.batches import Batch
 from workers.checkpoints import load_model
 from workers.data import DataSet
 from workers.distributed import Process
 from workers.inference import mean_nll, predict, top1_pct
+from workers.layers import freeze
 from workers.learner import Learner
 from workers.mixing import Mixer
+from workers.weights import load_weights
 
 Forward = Callable[..., Any]
 """The module's call, in the precision of the recipe and prepared for several processes."""
@@ -53,6 +56,8 @@ class Setup:
     process: Process
     mixer: Mixer | None
     """The recipe's mixing."""
+    weights: Weights | None = None
+    """What the network starts from; None is fresh weights."""
     autocast: Callable[[], AbstractContextManager[Any]]
     """The context of the recipe's precision, for forward passes other than the module's own."""
     num_loader_workers: int = 0
@@ -109,7 +114,11 @@ class Objective(ABC):
         objective does not fit the model or the data.
         """
         self.setup = setup
-        return build_model(setup.model, seed=setup.recipe.seed, drop_path=setup.recipe.drop_path)
+        network = build_model(setup.model, seed=setup.recipe.seed, drop_path=setup.recipe.drop_path)
+        if setup.weights is not None:
+            load_weights(network, setup.model, setup.weights)
+        freeze(network, setup.recipe.freeze)
+        return network
 
     def before_epoch(self, epoch: int, learner: Learner) -> Learner:
         """Called before the first step of each epoch, from 0; returns the learner to go on with.

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from space.model import Model, supports_class_row, token_size
+from space.model import Model, depth_of, supports_class_row, token_size
 from space.randomness import stream
 from space.recipe import Recipe
 from space.registry import SpecError
 from space.spec import digest_of
+from space.weights import Weights
 from workers.augmentation import make_image_transform
 from workers.batches import Batch, TrainingBatches
 from workers.checkpoints import latest_checkpoint, link_checkpoints, save_checkpoint
@@ -64,6 +65,7 @@ def train(
     dataset: DataSet,
     *,
     workdir: Path,
+    weights: Weights | None = None,
     objective: Objective | None = None,
     stop_after: int | None = None,
     continue_from: Path | None = None,
@@ -75,10 +77,11 @@ def train(
 ) -> Training:
     """Train the network of `model` on the training part of `dataset`, going on from the last checkpoint in `workdir`.
 
-    The `objective` says what is minimised and validated; None is plain classification. The training stops after `stop_after` epochs
-    (None: all of the recipe) with a checkpoint, and its schedule is that of all epochs. `continue_from` is the work directory of an
-    earlier, stopped trial of the same training, whose files stay as they are: this one goes on from its last checkpoint if that is
-    newer than those in `workdir`. If there is none to go on from, it warns and trains from the beginning; the result is the same.
+    The network starts from `weights`, or from fresh ones. The `objective` says what is minimised and validated; None is plain
+    classification. The training stops after `stop_after` epochs (None: all of the recipe) with a checkpoint, and its schedule is that
+    of all epochs. `continue_from` is the work directory of an earlier, stopped trial of the same training, whose files stay as they
+    are: this one goes on from its last checkpoint if that is newer than those in `workdir`. If there is none to go on from, it warns
+    and trains from the beginning; the result is the same.
 
     Reports `train_loss`, what the objective validates (`val_top1_pct` and `val_nll` of classification), `lr`, `lr_x_weight_decay`,
     `images_per_s` and `data_wait_pct` after each epoch, and its progress, which is 1 at the stop. Raises SpecError where model, recipe,
@@ -89,7 +92,17 @@ def train(
     if model.num_classes != dataset.num_classes:
         raise SpecError(f"the network has {model.num_classes} classes, data {dataset.source!r} has {dataset.num_classes}")
     run = _Run(
-        model, recipe, dataset, workdir, objective or Classification(), stop_after, process, report, num_loader_workers, checkpoint_every_s
+        model,
+        recipe,
+        dataset,
+        workdir,
+        weights,
+        objective or Classification(),
+        stop_after,
+        process,
+        report,
+        num_loader_workers,
+        checkpoint_every_s,
     )
     with _own_random_state(process.device):
         run.start(continue_from, warn)
@@ -103,7 +116,9 @@ def check_stop(recipe: Recipe, stop_after: int | None) -> None:
         raise SpecError(f"stop_after is {stop_after}; the recipe has {recipe.epochs} epochs, so allowed are 1 to {recipe.epochs}")
 
 
-def training_identity(model: Model, recipe: Recipe, dataset: DataSet, objective: Objective | None = None, *parts: Any) -> str:
+def training_identity(
+    model: Model, recipe: Recipe, dataset: DataSet, objective: Objective | None = None, *parts: Any, weights: Weights | None = None
+) -> str:
     """16 hex digits that tell a training from all others, whatever its stop; `parts` are JSON of the caller's own."""
     identity: list[Any] = [model.digest, recipe.to_json(), dataset.digest, *parts]
     if recipe.ema_decay:
@@ -114,6 +129,8 @@ def training_identity(model: Model, recipe: Recipe, dataset: DataSet, objective:
         identity.append({"mixpro_smoothed": True})
     if objective is not None and type(objective) is not Classification:
         identity.append({"objective": [type(objective).__name__, objective.identity]})
+    if weights is not None:
+        identity.append({"weights": weights.identity})
     return digest_of(identity)
 
 
@@ -121,6 +138,8 @@ def check_recipe(model: Model, recipe: Recipe, *, num_processes: int = 1) -> Non
     """Raise SpecError unless the network can be trained in this way by so many processes; needs no data."""
     if model.in_chans != 3:
         raise SpecError(f"the network has in_chans {model.in_chans}; images have 3 channels")
+    if recipe.freeze and recipe.freeze > (depth := depth_of(model)):
+        raise SpecError(f"recipe: freeze is {recipe.freeze}; the network has {depth} blocks")
     make_image_transform(recipe, model.img_size)
     mixer = make_mixer(recipe, img_size=model.img_size, patch_size=token_size(model), num_processes=num_processes)
     if mixer is not None and mixer.needs_class_row and (reason := supports_class_row(model)):
@@ -136,6 +155,7 @@ class _Run:
         recipe: Recipe,
         dataset: DataSet,
         workdir: Path,
+        weights: Weights | None,
         objective: Objective,
         stop_after: int | None,
         process: Process,
@@ -145,7 +165,7 @@ class _Run:
     ):
         self.recipe, self.dataset, self.objective, self.process = recipe, dataset, objective, process
         self.report = report if process.rank == 0 else report_nothing
-        self.workdir, self.identity = workdir, training_identity(model, recipe, dataset, objective, process.world_size)
+        self.workdir, self.identity = workdir, training_identity(model, recipe, dataset, objective, process.world_size, weights=weights)
         self.checkpoint_every_s = checkpoint_every_s
         self.setup = Setup(
             model=model,
@@ -153,6 +173,7 @@ class _Run:
             dataset=dataset,
             process=process,
             mixer=make_mixer(recipe, img_size=model.img_size, patch_size=token_size(model), num_processes=process.world_size),
+            weights=weights,
             autocast=self._autocast,
             num_loader_workers=num_loader_workers,
         )

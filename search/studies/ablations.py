@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from results.records import Metric
-from search.study import CONVERGING, Need, Options, Phase, RunSettings, SettingsError, Study, study
+from search.study import CONVERGING, FineTuning, Need, Phase, RunSettings, SettingsError, Study, study
 from space import catalog
 from space.model import Model, as_arch, require_arch, resized, supports_class_row, token_size
 from space.recipe import Recipe
@@ -69,7 +69,7 @@ ROBUSTNESS = ("patch_mix_fine_auc", "patch_mix_coarse_auc", "patch_drop_auc", "p
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationOptions(Options):
+class AblationOptions(FineTuning):
     """What is compared, and how long each cell is trained."""
 
     factor: tuple[str, ...] = field(default=(), metadata={"help": f"what is varied, of {', '.join(LEVELS)}; repeatable; default: all"})
@@ -217,8 +217,10 @@ def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate
         # A mirrored digit is another digit, or none; and digits fill their square, so that a crop cuts strokes off.
         flip=not is_digits,
         crop="none" if converges else "pad" if model.img_size < 64 else "resized",
+        layer_decay=options.layer_decay,
+        freeze=options.freeze,
     )
-    return Candidate(model=arch or model, recipe=recipe, label=name)
+    return Candidate(model=arch or model, recipe=recipe, weights=run.weights_for(arch or model, name), label=name)
 
 
 def chosen_levels(options: AblationOptions, model: Model) -> tuple[dict[str, tuple[str, ...]], list[str]]:
@@ -280,7 +282,7 @@ def ablation_space(reference: Candidate, factors: Mapping[str, Sequence[str]]) -
             recipe = replace(
                 recipe, optimizer=level, lr=base.lr * scale, min_lr=base.min_lr * scale, weight_decay=base.weight_decay / scale
             )
-        return Candidate(model=model, recipe=recipe, label=f"{factor}={level} seed {seed}")
+        return replace(reference, model=model, recipe=recipe, label=f"{factor}={level} seed {seed}")
 
     return SearchSpace(
         name=f"ablations/{reference.label}/{reference.model.digest[:8]}",

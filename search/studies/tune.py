@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from search.study import Options, Phase, RunSettings, SettingsError, Study, study
+from search.study import FineTuning, Phase, RunSettings, SettingsError, Study, study
 from space import catalog
 from space.model import resized
 from space.randomness import stream
@@ -38,7 +38,7 @@ DEFAULT = {"lr_factor": 1.0, "weight_decay": 0.05, "drop_path": 0.0, "label_smoo
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneOptions(Options):
+class TuneOptions(FineTuning):
     """Which network is trained, by how many recipes, and how long the longest training is."""
 
     model: str = field(default="vit_digits", metadata={"help": "as for describe"})
@@ -92,7 +92,15 @@ def tune(run: RunSettings) -> Study:
 def recipe_space(options: TuneOptions, run: RunSettings) -> SearchSpace:
     """Recipes, and after how many epochs their training is looked at."""
     model = resized(catalog.resolve(options.model), img_size=run.img_size, num_classes=run.num_classes)
-    base = Recipe(epochs=options.epochs, seed=run.seed, batch_size=options.batch_size, lr=options.lr)
+    weights = run.weights_for(model, options.model)
+    base = Recipe(
+        epochs=options.epochs,
+        seed=run.seed,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        layer_decay=options.layer_decay,
+        freeze=options.freeze,
+    )
 
     def decode(params: Mapping[str, Any]) -> Candidate:
         changes = {name: params[name] for name in AXES if name != "lr_factor"}
@@ -101,6 +109,7 @@ def recipe_space(options: TuneOptions, run: RunSettings) -> SearchSpace:
         return Candidate(
             model=model,
             recipe=recipe,
+            weights=weights,
             settings=stopping(params[EPOCHS_AXIS], options.epochs),
             label=f"{params[EPOCHS_AXIS]}/{options.epochs} epochs {told}",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from space.component import Choice, Cost, TokenShape, component
+from space.component import Choice, Cost, Folds, TokenShape, component
 from space.registry import SpecError
 
 
@@ -41,6 +41,11 @@ class PatchMerging(nn.Module):
     def cost(shape: TokenShape, *, kernel: int, out_dim: int) -> Cost:
         num_merged, dim = shape.num_patches // 4, kernel * kernel * shape.dim
         return Cost.layer_norm(num_merged, dim) + Cost.linear(num_merged, dim, out_dim, bias=False)
+
+    @staticmethod
+    def folds(shape: TokenShape, *, kernel: int, out_dim: int) -> dict[str, Folds]:
+        neighbourhood = (shape.dim, kernel, kernel)
+        return {"norm.weight": (neighbourhood,), "norm.bias": (neighbourhood,), "reduction.weight": ((out_dim,), neighbourhood)}
 
     def forward(self, x: Tensor) -> Tensor:
         B, _, C = x.shape

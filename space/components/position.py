@@ -7,21 +7,33 @@ import math
 import torch
 from torch import Tensor, nn
 
-from space.component import Cost, TokenShape, component
+from space.component import Choice, Cost, TokenShape, component
 from space.registry import SpecError
 
 
-@component("position", "learned")
+@component("position", "learned", choices={"covers_prefix": Choice(offered=(True, False), default=True)})
 class LearnedPosition(nn.Module):
-    """One learned vector per token, prefix tokens included (timm's `pos_embed`); trunc-normal, std 0.02."""
+    """One learned vector per token (timm's `pos_embed`); trunc-normal, std 0.02.
 
-    def __init__(self, shape: TokenShape):
+    Without `covers_prefix` only patches have one and prefix tokens stay as they are: DeiT III (https://arxiv.org/abs/2204.07118), timm's
+    `no_embed_class`.
+    """
+
+    def __init__(self, shape: TokenShape, *, covers_prefix: bool):
         super().__init__()
-        self.pos_embed = nn.Parameter(torch.zeros(1, shape.num_tokens, shape.dim))
+        self.num_left_out = 0 if covers_prefix else shape.num_prefix
+        self.pos_embed = nn.Parameter(torch.zeros(1, shape.num_tokens - self.num_left_out, shape.dim))
 
     @staticmethod
-    def cost(shape: TokenShape) -> Cost:
-        return Cost(params=shape.num_tokens * shape.dim)
+    def output_shape(shape: TokenShape, *, covers_prefix: bool) -> TokenShape:
+        if not covers_prefix and not shape.num_prefix:
+            # Otherwise one network would have two digests.
+            raise SpecError("covers_prefix is False, but there are no prefix tokens; leave it out")
+        return shape
+
+    @staticmethod
+    def cost(shape: TokenShape, *, covers_prefix: bool) -> Cost:
+        return Cost(params=(shape.num_tokens if covers_prefix else shape.num_patches) * shape.dim)
 
     def init_weights(self, generator: torch.Generator | None) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
@@ -30,7 +42,9 @@ class LearnedPosition(nn.Module):
         return {"pos_embed"}
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.pos_embed
+        if not self.num_left_out:
+            return x + self.pos_embed
+        return torch.cat([x[:, : self.num_left_out], x[:, self.num_left_out :] + self.pos_embed], dim=1)
 
 
 @component("position", "sincos", needs_grid=True)

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from space.component import Cost, TokenShape
 from space.layout import groups, layout, part_cost, why_no_class_row
-from space.model import ModelKind, model_kind
-from space.spec import ArchSpec, BlockSpec, Component, StageSpec
+from space.model import Model, ModelKind, as_arch, model_kind
+from space.spec import ArchSpec, BlockSpec, Component, StageSpec, full_choices
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    from space.state_dicts import Fitted
 
 
 @model_kind("arch")
@@ -77,3 +79,13 @@ class ArchKind(ModelKind[ArchSpec]):
 
     def as_arch(self, model: ArchSpec) -> ArchSpec:
         return model
+
+    def fit(self, model: ArchSpec, tensors: Mapping[str, Tensor], stored: Model | None) -> Fitted:
+        from space.state_dicts import fit_to_arch
+
+        return fit_to_arch(model, tensors, None if stored is None else as_arch(stored))
+
+    def foldable_convolution(self, model: ArchSpec) -> str | None:
+        choices = full_choices("patch_embed", model.patch_embed)
+        is_foldable = model.patch_embed.name == "conv" and choices["bias"] and int(choices["kernel"]) <= int(choices["stride"])
+        return "patch_embed.proj" if is_foldable else None

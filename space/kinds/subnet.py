@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from space.component import Cost
 from space.cost import cost, cost_by_part
-from space.model import ModelKind, model_kind, supports_class_row, token_size
+from space.model import Model, ModelKind, fit_tensors, kinds, model_kind, supports_class_row, token_size
+from space.registry import SpecError
 from space.spec import ArchSpec, BlockSpec, Component, StageSpec
 from space.subnet_spec import SubnetSpec
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    from space.state_dicts import Fitted
 
 
 @model_kind("subnet")
@@ -70,3 +73,22 @@ class SubnetKind(ModelKind[SubnetSpec]):
 
     def as_arch(self, model: SubnetSpec) -> ArchSpec:
         return model.arch
+
+    def fit(self, model: SubnetSpec, tensors: Mapping[str, Tensor], stored: Model | None) -> Fitted:
+        """The tensors of the same network, or slices of its supernet's."""
+        from space.slicing import subnet_tensors
+
+        if isinstance(stored, SubnetSpec) and stored.kept != model.kept:
+            raise SpecError(f"they keep the blocks {stored.kept} of their supernet and not {model.kept}")
+        try:
+            return fit_tensors(model.arch, tensors, stored)
+        except SpecError as error:
+            alone = error
+        try:
+            whole = fit_tensors(model.supernet, tensors, stored)
+        except SpecError as error:
+            raise SpecError(f"{alone}; nor are they of its supernet: {error}") from error
+        return whole._replace(tensors=subnet_tensors(model, whole.tensors), changes=(*whole.changes, "slices of the supernet's"))
+
+    def foldable_convolution(self, model: SubnetSpec) -> str | None:
+        return kinds.get(model.arch.kind).foldable_convolution(model.arch)

@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from space.component import Cost
-from space.model import ModelKind, model_kind
+from space.model import Model, ModelKind, model_kind
 from space.timm_spec import TimmSpec
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    from space.state_dicts import Fitted
 
 
 @model_kind("timm")
@@ -63,3 +65,19 @@ class TimmKind(ModelKind[TimmSpec]):
 
     def why_no_class_row(self, model: TimmSpec) -> str:
         return "models of timm give no attention"
+
+    def fit(self, model: TimmSpec, tensors: Mapping[str, Tensor], stored: Model | None) -> Fitted:
+        from space.timm_build import fit_to_timm
+
+        return fit_to_timm(model, tensors)
+
+    def normalisation(self, model: TimmSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        from space.timm_build import pretrained_config
+
+        config = pretrained_config(model.name)
+        return tuple(config.mean), tuple(config.std)
+
+    def foldable_convolution(self, model: TimmSpec) -> str | None:
+        from space.timm_build import foldable_convolution
+
+        return foldable_convolution(model)

@@ -22,6 +22,7 @@ from results.records import Metric, write_bytes_atomically, write_json_atomicall
 from space.model import Model
 from space.recipe import Recipe
 from space.registry import SpecError
+from space.weights import Weights
 from workers.checkpoints import save_model
 from workers.data import DataSet
 from workers.distributed import Process, on_devices
@@ -94,6 +95,7 @@ def check(model: Model, recipe: Recipe | None, settings: TrainSettings) -> None:
     uses_data=True,
     needs_dataset=True,
     uses_processes=True,
+    weights="optional",
     continued_by="stop_after",
     memory_mb=2000,
 )
@@ -105,13 +107,14 @@ def train_network(model: Model, context: Context, settings: TrainSettings) -> Ma
     dataset, recipe = context.dataset, context.recipe
     teacher = _teacher(context, settings.teacher)
     stop = [{"stop_after": settings.stop_after}] if settings.stop_after else []
-    identity = training_identity(model, recipe, dataset, _objective(teacher, settings), *stop)
+    identity = training_identity(model, recipe, dataset, _objective(teacher, settings), *stop, weights=context.weights)
     work = partial(
         _train_and_judge,
         model=model,
         recipe=recipe,
         dataset=dataset,
         workdir=context.workdir.absolute(),
+        weights=context.weights,
         continue_from=None if context.continues is None else context.continues.absolute(),
         teacher=teacher,
         report=context.report,
@@ -131,6 +134,7 @@ def _train_and_judge(
     recipe: Recipe,
     dataset: DataSet,
     workdir: Path,
+    weights: Weights | None,
     continue_from: Path | None,
     teacher: Path | None,
     report: Report,
@@ -145,6 +149,7 @@ def _train_and_judge(
         recipe,
         dataset,
         workdir=workdir,
+        weights=weights,
         objective=_objective(teacher, settings),
         stop_after=settings.stop_after or None,
         continue_from=continue_from,
