@@ -16,6 +16,7 @@ methods, with these signatures:
     output_shape(shape, **choices) -> TokenShape     what goes out, if not what came in; raises SpecError if illegal
     canonical(**choices) -> Component | None         an equal component in simpler terms; None if it has no effect at all
     tap_cost(shape, tap, **choices) -> Cost          of a mixer that offers a tap: what `tap` adds to `cost`
+    places(depth) -> Sequence[int]                   of a token reduction: the blocks where its paper has it; without it, all
     merged_cost(shape, merged, **choices) -> Cost    of a mixer that takes `between`: its whole cost if it then attends in `merged`
 
 A token reduction may merge tokens, so that one stands for several. Those that declare `takes_sizes` are given and give back

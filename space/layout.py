@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from space.component import AttentionTap, BlockForm, Cost, ImageShape, TokenShape, components
+from space.component import AttentionTap, BlockForm, Cost, ImageShape, TokenShape, components, declaration
 from space.registry import SpecError
 from space.spec import ArchSpec, BlockSpec, Component, full_choices
 
@@ -109,8 +109,7 @@ def _block_form(block: BlockSpec) -> BlockForm | None:
     found: dict[str, BlockForm] = {}
     for kind in ("mixer", "token_reduction", "feed_forward"):
         component = getattr(block, kind)
-        form = None if component is None else components.get(kind, component.name).declaration.block_form  # type: ignore[attr-defined]
-        if form is not None:
+        if component is not None and (form := declaration(kind, component.name).block_form) is not None:
             found[f"{kind} {component.name!r}"] = form
     if len(set(map(id, found.values()))) > 1:
         raise SpecError(f"{' and '.join(found)} need blocks of different forms and cannot stand in one")

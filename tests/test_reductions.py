@@ -18,7 +18,7 @@ from space.families.vit import plain_vit
 from space.fvcore_count import fvcore_macs
 from space.layout import layout
 from space.model import as_arch
-from space.reductions import diffrate, evit, gtp, mctf, random_drop, with_reductions, without_reductions
+from space.reductions import placed, with_reductions, without_reductions
 from space.registry import SpecError
 from space.spec import ArchSpec, Component
 from space.vit import build
@@ -27,12 +27,12 @@ PLAIN = plain_vit(24, 4, 3, patch_size=4, img_size=32, num_classes=7)
 """65 tokens."""
 
 REDUCED = {
-    "evit": evit(PLAIN, keep=0.7),
-    "evit_without_fusing": evit(PLAIN, keep=0.7, fuse=False),
-    "gtp": gtp(PLAIN, P=8),
-    "diffrate": diffrate(PLAIN, prune_to=(65, 60, 40, 3), merge_to=(65, 50, 30, 3)),
-    "mctf": mctf(PLAIN, r=24),
-    "random_drop": random_drop(PLAIN, num_kept=(64, 50, 40, 10), seed=1),
+    "evit": placed(PLAIN, "evit", keep=0.7),
+    "evit_without_fusing": placed(PLAIN, "evit", keep=0.7, fuse=False),
+    "gtp": placed(PLAIN, "gtp", P=8),
+    "diffrate": placed(PLAIN, "diffrate", prune_to=(65, 60, 40, 3), merge_to=(65, 50, 30, 3)),
+    "mctf": placed(PLAIN, "mctf", r=24),
+    "random_drop": placed(PLAIN, "random_drop", num_kept=(64, 50, 40, 10), seed=1),
 }
 EVERY = pytest.mark.parametrize("reduced", REDUCED.values(), ids=REDUCED)
 
@@ -55,16 +55,16 @@ def deit(size: str) -> ArchSpec:
 )
 def test_evit_has_its_published_counts(keep: float, fused: float, dropped: float, printed: float):
     """DeiT-S in https://arxiv.org/abs/2202.07800, which prints the same digit with and without fusing: norms counted, as fvcore does."""
-    counts = [cost(evit(deit("small"), keep=keep, fuse=fuse)) for fuse in (True, False)]
+    counts = [cost(placed(deit("small"), "evit", keep=keep, fuse=fuse)) for fuse in (True, False)]
     assert [round(counted.macs / 1e9, 2) for counted in counts] == [fused, dropped]
     assert [round(counted.fvcore_macs / 1e9, 1) for counted in counts] == [printed, printed]
 
 
 def test_gtp_diffrate_and_mctf_have_their_published_counts():
     """GTP: https://arxiv.org/abs/2311.03035, P = 8; MCTF: 2.6 GMAC, https://arxiv.org/abs/2403.10030."""
-    assert [round(cost(gtp(deit(size), P=8)).macs / 1e9, 2) for size in ("small", "base")] == [3.42, 13.10]
-    assert round(cost(diffrate(deit("small"), **SCHEDULE)).macs / 1e9, 3) == 2.905
-    assert round(cost(mctf(deit("small"), r=16)).macs / 1e9, 2) == 2.58
+    assert [round(cost(placed(deit(size), "gtp", P=8)).macs / 1e9, 2) for size in ("small", "base")] == [3.42, 13.10]
+    assert round(cost(placed(deit("small"), "diffrate", **SCHEDULE)).macs / 1e9, 3) == 2.905
+    assert round(cost(placed(deit("small"), "mctf", r=16)).macs / 1e9, 2) == 2.58
 
 
 def num_tokens(spec: ArchSpec) -> list[int]:
@@ -73,8 +73,8 @@ def num_tokens(spec: ArchSpec) -> list[int]:
 
 
 def test_mctf_ends_with_21_tokens_and_never_goes_below_10():
-    assert num_tokens(mctf(deit("small"), r=16)) == [197, *range(181, 20, -16)]
-    assert num_tokens(mctf(PLAIN, r=100)) == [65, 33, 17, 10]
+    assert num_tokens(placed(deit("small"), "mctf", r=16)) == [197, *range(181, 20, -16)]
+    assert num_tokens(placed(PLAIN, "mctf", r=100)) == [65, 33, 17, 10]
 
 
 @EVERY
@@ -97,7 +97,9 @@ def test_the_weights_of_the_plain_network_are_those_of_the_reduced_one(reduced: 
 
 
 @pytest.mark.parametrize(
-    "reduced", [evit(PLAIN, keep=1), gtp(PLAIN, P=0), mctf(PLAIN, r=0)], ids=["evit keep = 1", "gtp P = 0", "mctf r = 0"]
+    "reduced",
+    [placed(PLAIN, "evit", keep=1), placed(PLAIN, "gtp", P=0), placed(PLAIN, "mctf", r=0)],
+    ids=["evit keep = 1", "gtp P = 0", "mctf r = 0"],
 )
 def test_a_reduction_that_keeps_every_token_is_the_plain_network(reduced: ArchSpec):
     assert reduced == PLAIN
@@ -105,7 +107,7 @@ def test_a_reduction_that_keeps_every_token_is_the_plain_network(reduced: ArchSp
 
 
 def test_a_schedule_that_keeps_every_token_costs_and_builds_nothing():
-    kept = diffrate(PLAIN, prune_to=(65,) * 4, merge_to=(65,) * 4)
+    kept = placed(PLAIN, "diffrate", prune_to=(65,) * 4, merge_to=(65,) * 4)
     assert cost(kept) == cost(PLAIN)
     assert {part.path for part in layout(kept)} == {part.path for part in layout(PLAIN)}
 
@@ -114,12 +116,12 @@ def test_a_schedule_that_keeps_every_token_costs_and_builds_nothing():
     ("make", "message"),
     [
         (lambda: with_reductions(PLAIN, {4: Component("gtp", P=2)}), "token reduction in block 4; the network has blocks 0 to 3"),
-        (lambda: diffrate(PLAIN, prune_to=(9,), merge_to=(9,)), "a schedule of 1 and 1 blocks; the network has 4"),
-        (lambda: cost(diffrate(PLAIN, prune_to=(9,) * 4, merge_to=(10,) * 4)), "merge_to is 10; at most prune_to, 9, is expected"),
-        (lambda: cost(diffrate(PLAIN, prune_to=(9,) * 4, merge_to=(1,) * 4)), "merge_to is 1; a patch must stay beside the 1 prefix"),
-        (lambda: cost(gtp(PLAIN, P=64)), "P is 64; there are 64 patches, of which one must stay"),
-        (lambda: evit(PLAIN, keep=1.5), "keep is 1.5; allowed: float, above 0 to 1"),
-        (lambda: cost(evit(dataclasses.replace(PLAIN, prefix=None), keep=0.5)), "token_reduction 'evit' needs a class token"),
+        (lambda: placed(PLAIN, "diffrate", prune_to=(9,), merge_to=9), "prune_to has 1 values; there are 4 blocks for them"),
+        (lambda: cost(placed(PLAIN, "diffrate", prune_to=9, merge_to=10)), "merge_to is 10; at most prune_to, 9, is expected"),
+        (lambda: cost(placed(PLAIN, "diffrate", prune_to=9, merge_to=1)), "merge_to is 1; a patch must stay beside the 1 prefix"),
+        (lambda: cost(placed(PLAIN, "gtp", P=64)), "P is 64; there are 64 patches, of which one must stay"),
+        (lambda: placed(PLAIN, "evit", keep=1.5), "keep is 1.5; allowed: float, above 0 to 1"),
+        (lambda: cost(placed(dataclasses.replace(PLAIN, prefix=None), "evit", keep=0.5)), "token_reduction 'evit' needs a class token"),
         (
             lambda: cost(with_reductions(PLAIN, {0: Component("gtp", P=2), 1: Component("evit", keep=0.5)})),
             "'evit' cannot follow 'gtp', which remembers something of every token",
@@ -128,7 +130,7 @@ def test_a_schedule_that_keeps_every_token_costs_and_builds_nothing():
             lambda: cost(with_reductions(PLAIN, {0: Component("evit", keep=0.5), 1: Component("gtp", P=2)})),
             "graph 'mixed' needs the patches on a grid, but an earlier part breaks the grid up; use 'semantic'",
         ),
-        (lambda: cost(random_drop(PLAIN, num_kept=(65,) * 4, seed=0)), "num_kept is 65; there are 64 patches"),
+        (lambda: cost(placed(PLAIN, "random_drop", num_kept=(65,) * 4, seed=0)), "num_kept is 65; there are 64 patches"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_reduced_is_refused_with_the_reason(make: Any, message: str):
@@ -268,7 +270,7 @@ def test_mctf_needs_a_mixer_whose_map_can_be_merged(monkeypatch: pytest.MonkeyPa
     attention: Any = type(module("mixer", Component("attention", num_heads=2, head_dim=4), SHAPE))
     monkeypatch.delattr(attention, "merged_cost")
     with pytest.raises(SpecError, match="'mctf' merges between a mixer's map and its values, which 'attention' cannot"):
-        cost(mctf(plain_vit(24, 2, 3, patch_size=8, img_size=64), r=3))
+        cost(placed(plain_vit(24, 2, 3, patch_size=8, img_size=64), "mctf", r=3))
 
 
 def test_prefix_tokens_stay_whatever_is_reduced():
@@ -302,6 +304,32 @@ def test_registers_add_as_many_tokens_to_every_block(num_registers: int):
 
 
 def test_a_memory_that_is_made_once_is_counted_once():
-    macs = [part.module_class.cost(part.shape, **part.arguments) for part in layout(gtp(PLAIN, P=8)) if part.kind == "token_reduction"]
+    macs = [
+        part.module_class.cost(part.shape, **part.arguments) for part in layout(placed(PLAIN, "gtp", P=8)) if part.kind == "token_reduction"
+    ]
     expected = [Cost(fvcore_macs=64 * 64 * 24 + 56 * 8 * 24), *(Cost(fvcore_macs=n * 8 * 24) for n in (48, 40, 32))]
     assert macs == expected
+
+
+def test_a_reduced_network_has_a_notation():
+    assert resolve("reduced:evit,keep=0.7:deit_small") == placed(deit("small"), "evit", keep=0.7)
+    assert resolve("reduced:evit,keep=0.7,fuse=false:deit_small") == placed(deit("small"), "evit", keep=0.7, fuse=False)
+    schedule = ",".join(f"{name}={'/'.join(map(str, counts))}" for name, counts in SCHEDULE.items())
+    assert resolve(f"reduced:diffrate,{schedule}:deit_small") == placed(deit("small"), "diffrate", **SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("reduced:deit_small", "REDUCTION,CHOICE=VALUE,...:MODEL is expected"),
+        ("reduced:evit,0.7:deit_small", "REDUCTION,CHOICE=VALUE,...:MODEL is expected"),
+        ("reduced:evti,keep=0.7:deit_small", "unknown token_reduction 'evti'; did you mean 'evit'"),
+        ("reduced:evit,keeep=0.7:deit_small", "unknown choice 'keeep' in token_reduction 'evit'; did you mean 'keep'"),
+        ("reduced:evit:deit_small", "token_reduction 'evit' needs a value for 'keep'"),
+        ("reduced:gtp,P=all:deit_small", "P is 'all'; allowed: int, 0 or above"),
+        ("reduced:gtp,P=8:timm:vit_tiny_patch16_224", "token reduction 'gtp' takes networks of our components"),
+    ],
+)
+def test_a_wrong_notation_says_what_is_expected(text: str, message: str):
+    with pytest.raises(SpecError, match=message):
+        resolve(text)

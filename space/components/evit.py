@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,11 @@ class EViT(nn.Module):
         self.num_prefix, self.num_patches = shape.num_prefix, shape.num_patches
         self.num_kept = num_kept(shape, keep)
         self.fuse = fuse
+
+    @staticmethod
+    def places(depth: int) -> Sequence[int]:
+        """3, 6 and 9 of 12."""
+        return sorted({depth * quarters // 4 for quarters in (1, 2, 3)})
 
     @staticmethod
     def canonical(*, keep: float, fuse: bool) -> Component | None:

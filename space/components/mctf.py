@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +77,10 @@ class MCTF(nn.Module):
         self.num_merged = _num_merged(shape, r)
         self.num_backward = self.num_merged - self.num_merged // 2 if bidirectional else 0
         self.tau_sim, self.tau_info, self.tau_size = tau_sim, tau_info, tau_size
+
+    @staticmethod
+    def places(depth: int) -> Sequence[int]:
+        return range(1, depth)
 
     @staticmethod
     def canonical(*, r: int, tau_sim: float, tau_info: float, tau_size: float, bidirectional: bool) -> Component | None:
