@@ -9,7 +9,7 @@ CIFAR_FLAGS = --seeds 9 --epochs 30 --robustness --gpus 0.25
 # two processes, each with whole files of tests, the files with slow tests first
 IN_PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup search ablations smoke leaderboard mlflow check test lint bench gpu-check clean
+.PHONY: help setup search ablations reduce smoke leaderboard mlflow check test lint bench gpu-check clean
 
 help: ## these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -27,6 +27,9 @@ search: setup ## the main job: a small As-ViT search with growth, to a printed l
 
 ablations: setup ## which pooling pays off on digits: seven poolings, three paired seeds, effects with intervals; some 7 minutes
 	$(BIN)/python search/run.py ablations --factor pooling --data digits --seeds 3
+
+reduce: setup ## which token reduction pays off without retraining, on networks trained on digits, beside two trivial baselines
+	$(BIN)/python search/run.py reduce --data digits --seeds 3 --epochs 20
 
 smoke: setup ## a study of seconds, to try the installation
 	$(BIN)/python search/run.py smoke

@@ -156,7 +156,9 @@ def needed_trials(
             what = "its best trial" if which == "best" else "trial"
             raise PhaseStopped(f"{study.study_name}: the files of {what} {trial.number} are gone from {workdir(trial.number)}")
         number = stored.measured_by
-        needed.setdefault(number, EarlierTrial(number=number, workdir=workdir(number), key=stored.key, values=stored.outcome.values))
+        measured = stored.outcome
+        trial = EarlierTrial(number=number, workdir=workdir(number), key=stored.key, values=measured.values, seed=measured.seed)
+        needed.setdefault(number, trial)
     return tuple(needed.values())
 
 

@@ -14,11 +14,20 @@ width - patch_embed, downsampling, head - get it as the keyword `out_dim` beside
 methods, with these signatures:
 
     output_shape(shape, **choices) -> TokenShape     what goes out, if not what came in; raises SpecError if illegal
-    canonical(**choices) -> Component                an equal component in simpler terms (no effect: normalised away)
+    canonical(**choices) -> Component | None         an equal component in simpler terms; None if it has no effect at all
     tap_cost(shape, tap, **choices) -> Cost          of a mixer that offers a tap: what `tap` adds to `cost`
     folds(shape, **choices) -> dict[str, Folds]      by name, its tensors with a dimension folded from several sizes
+    places(depth) -> Sequence[int]                   of a token reduction: the blocks where its paper has it; without it, all
+    merged_cost(shape, merged, **choices) -> Cost    of a mixer that takes `between`: its whole cost if it then attends in `merged`
 
-and optional methods of the module, which name parameters of its own:
+A token reduction may merge tokens, so that one stands for several. Those that declare `takes_sizes` are given and give back
+`Tokens`, which hold the sizes; mixers and poolings that declare it take `sizes=(B, N)` and treat a token of size s as s equal
+tokens. Where sizes are handed on, a mixer, reduction, downsampling or pooling without that declaration is refused. A reduction that
+needs to remember something from block to block has the method `remember(x)`: it is given the tokens that enter its first block, what
+it gives becomes `Tokens.memory`, and `output_shape` sets `memory` to the name of the reduction. A reduction that puts out the shape
+that it is given has no effect there: it is not built.
+
+Optional methods of the module name parameters of its own:
 
     no_weight_decay() -> set[str]                    no weight decay, as in timm (parameters of one dimension get none anyway)
     exponent_parameters() -> set[str]                exponents, which learn at a rate of their own
@@ -39,9 +48,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from space.registry import Registry, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Scalar = bool | int | float | str
 REQUIRED: Any = object()
@@ -76,7 +88,8 @@ class TokenShape(NamedTuple):
     """A batch of tokens `(B, num_prefix + num_patches, dim)` without its B.
 
     Prefix tokens come first; the class token, where there is one, is token 0. `grid` is `(height, width)` when the
-    patches still fill a grid in row-major order, None after a step that breaks it up.
+    patches still fill a grid in row-major order, None after a step that breaks it up. `has_sizes` says that tokens have sizes, and
+    `memory` is the name of the token reduction that remembers something of them.
     """
 
     dim: int
@@ -84,17 +97,32 @@ class TokenShape(NamedTuple):
     grid: tuple[int, int] | None = None
     num_prefix: int = 0
     has_class_token: bool = False
+    has_sizes: bool = False
+    memory: str = ""
 
     @property
     def num_tokens(self) -> int:
         return self.num_prefix + self.num_patches
 
 
+class Tokens(NamedTuple):
+    """What goes from block to block: tokens `(B, N, C)` and what token reductions hand on beside them.
+
+    `sizes` `(B, N)` says how many tokens each one stands for, prefix tokens included; None is 1 for all. `memory` is what the reduction
+    that `TokenShape.memory` names remembers.
+    """
+
+    x: Tensor
+    sizes: Tensor | None = None
+    memory: Tensor | None = None
+
+
 class Cost(NamedTuple):
     """Exact counts for one image: parameters, multiply-adds, and what fvcore counts on the built net.
 
-    `macs` holds convolutions, linear layers and both attention products; `fvcore_macs` adds what fvcore counts of
-    norms (LayerNorm: 5 per element) and omits what it is blind to.
+    `macs` holds convolutions, linear layers and both attention products, as papers count; `fvcore_macs` adds what fvcore counts of
+    norms (LayerNorm: 5 per element) and of the work by which token reductions choose and merge (taps, similarities, propagation), and
+    omits what it is blind to.
     """
 
     params: int = 0
@@ -124,8 +152,34 @@ class AttentionTap(IntEnum):
 
     NONE = 0
     CLASS_ROW = 1
+    """The class token's attention to every token, `(B, H, N)`, without the map."""
     COLUMN_SUMS = 2
+    """`AttentionColumns`; the map is made."""
     FULL_MAP = 3
+    """The map itself, queries by keys, `(B, H, N, N)`."""
+
+
+class AttentionColumns(NamedTuple):
+    """What every token receives: the sum over all queries, and its attention to itself; both `(B, H, N)`."""
+
+    sums: Tensor
+    diagonal: Tensor
+
+
+@dataclass(frozen=True)
+class BlockForm:
+    """How the parts of a block act on its tokens, where it is not by two residuals: of the mixer, then of the feed-forward.
+
+    `parts` are the names of the block's parts, of norm1, mixer, layer_scale1, token_reduction, norm2, feed_forward and layer_scale2, in
+    the order in which the shape of the tokens passes through them; a norm that it leaves out is not built, and a spec that has another
+    part that it leaves out is refused. `forward(block, tokens)` gives the tokens after the block; `block` has a module under the name of
+    each part (None where the spec has none, the identity for a layer scale) and `drop_path`. `counted` gives the cost of parts that act
+    otherwise than once on the shape that reaches them, from the parts as `space.layout` placed them.
+    """
+
+    parts: tuple[str, ...]
+    forward: Callable[[Any, Tokens], Tokens]
+    counted: Callable[[Mapping[str, Any]], Mapping[str, Cost]] = lambda parts: {}
 
 
 @dataclass(frozen=True)
@@ -175,6 +229,10 @@ class Declaration:
     """The level of tap this component reads from its block's mixer."""
     offers_tap: AttentionTap = AttentionTap.NONE
     """The highest level a mixer can give: `forward(x, tap=level)` then returns `(x, tapped)`."""
+    takes_sizes: bool = False
+    """Whether it takes the sizes of tokens that stand for several."""
+    block_form: BlockForm | None = None
+    """The form of a block with this component; None leaves it to the others, and to two residuals if none declares one."""
 
 
 components: Registry[type] = Registry("component", package="space.components")

@@ -6,19 +6,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from space.component import AttentionTap, Cost, ImageShape, TokenShape, components
+from space.component import AttentionTap, BlockForm, Cost, ImageShape, TokenShape, components, declaration
 from space.registry import SpecError
 from space.spec import ArchSpec, BlockSpec, Component, full_choices
+
+TWO_RESIDUALS = ("norm1", "mixer", "layer_scale1", "token_reduction", "norm2", "feed_forward", "layer_scale2")
+"""The parts of a block that has no form of its own, in their order."""
+
+KEEPS_COUNT = frozenset({"mixer", "token_reduction", "downsampling", "pooling"})
+"""The kinds that must know how many tokens each token stands for."""
 
 
 class Part(NamedTuple):
     """One component in its place: `path` is its module's name in the built network.
 
-    `tap` is the attention that a mixer must give beside its tokens, for the token reduction after it.
+    `tap` is the attention that a mixer must give beside its tokens, for the token reduction after it. `counted` is its cost where the form
+    of its block makes it another than that on `shape`.
     """
 
     path: str
@@ -28,6 +35,7 @@ class Part(NamedTuple):
     output_shape: TokenShape
     out_dim: int | None = None
     tap: AttentionTap = AttentionTap.NONE
+    counted: Cost | None = None
 
     @property
     def module_class(self) -> Any:
@@ -42,11 +50,15 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Parts that stand together, a block's or a single one, with paths relative to the group, and their summed cost."""
+    """Parts that stand together, a block's or a single one, with paths relative to the group, and their summed cost.
+
+    `form` is that of a block; None is two residuals.
+    """
 
     parts: tuple[Part, ...]
     output_shape: TokenShape
     cost: Cost
+    form: BlockForm | None = None
 
 
 def layout(spec: ArchSpec) -> tuple[Part, ...]:
@@ -86,14 +98,31 @@ def groups(spec: ArchSpec) -> Iterator[tuple[str, Group]]:
 
 def part_cost(part: Part) -> Cost:
     """The exact counts of one part, for one image."""
+    if part.counted is not None:
+        return part.counted
     counted = part.module_class.cost(part.shape, **part.arguments)
     return counted + part.module_class.tap_cost(part.shape, part.tap, **part.arguments) if part.tap else counted
 
 
+def _block_form(block: BlockSpec) -> BlockForm | None:
+    """The form that a component of the block declares. Raises SpecError if two declare different ones."""
+    found: dict[str, BlockForm] = {}
+    for kind in ("mixer", "token_reduction", "feed_forward"):
+        component = getattr(block, kind)
+        if component is not None and (form := declaration(kind, component.name).block_form) is not None:
+            found[f"{kind} {component.name!r}"] = form
+    if len(set(map(id, found.values()))) > 1:
+        raise SpecError(f"{' and '.join(found)} need blocks of different forms and cannot stand in one")
+    return next(iter(found.values()), None)
+
+
 def why_no_class_row(spec: ArchSpec) -> str | None:
     """Why the network cannot give the class token's attention on the grid of patches in its last block; None if it can."""
-    parts = [part for part in layout(spec) if part.path.startswith(f"stages.{len(spec.stages) - 1}.blocks.")]
-    mixer = next(part for part in reversed(parts) if part.kind == "mixer")
+    last = f"stages.{len(spec.stages) - 1}.blocks.{len(spec.stages[-1].blocks) - 1}."
+    block = next(group for where, group in groups(spec) if where == last)
+    if block.form is not None:
+        return "the last block has a form of its own, which gives no attention"
+    mixer = next(part for part in block.parts if part.kind == "mixer")
     assert isinstance(mixer.shape, TokenShape)
     if not mixer.shape.has_class_token:
         return "there is no class token; add the prefix 'class_token'"
@@ -119,29 +148,41 @@ def _part_group(path: str, kind: str, component: Component, shape: Any, out_dim:
 
 @lru_cache(maxsize=65536)
 def _block_group(block: BlockSpec, norm: Component, shape: TokenShape) -> Group:
-    parts: list[Part] = []
-    for path, kind, component in (
-        ("norm1", "norm", norm),
-        ("mixer", "mixer", block.mixer),
-        ("layer_scale1", "layer_scale", block.layer_scale),
-        ("token_reduction", "token_reduction", block.token_reduction),
-        ("norm2", "norm", norm),
-        ("feed_forward", "feed_forward", block.feed_forward),
-        ("layer_scale2", "layer_scale", block.layer_scale),
-    ):
+    form = _block_form(block)
+    given = {
+        "norm1": ("norm", norm),
+        "mixer": ("mixer", block.mixer),
+        "layer_scale1": ("layer_scale", block.layer_scale),
+        "token_reduction": ("token_reduction", block.token_reduction),
+        "norm2": ("norm", norm),
+        "feed_forward": ("feed_forward", block.feed_forward),
+        "layer_scale2": ("layer_scale", block.layer_scale),
+    }
+    parts: dict[str, Part] = {}
+    output = shape
+    order = form.parts if form else TWO_RESIDUALS
+    for path, (kind, component) in given.items():
+        if component is not None and kind != "norm" and path not in order:
+            raise SpecError(f"{path}: the form of this block has no place for {kind} {component.name!r}")
+    for path in order:
+        kind, component = given[path]
         if component is not None:
-            parts.append(_place(path, kind, component, shape, None))
-            shape = parts[-1].output_shape
+            parts[path] = _place(path, kind, component, output, None)
+            output = parts[path].output_shape
     if block.token_reduction is not None:
-        mixer = parts[1].module_class.declaration
-        reduction = components.get("token_reduction", block.token_reduction.name).declaration
+        if parts["token_reduction"].output_shape == parts["token_reduction"].shape:
+            # Nothing to reduce in tokens of this shape: no tap, no form of the block.
+            return _block_group(replace(block, token_reduction=None), norm, shape)
+        mixer, reduction = parts["mixer"].module_class.declaration, parts["token_reduction"].module_class.declaration
         if reduction.attention_tap > mixer.offers_tap:
             raise SpecError(
                 f"token_reduction: {reduction.name!r} reads an attention tap of level {reduction.attention_tap.name}; "
                 f"mixer {mixer.name!r} offers {mixer.offers_tap.name}"
             )
-        parts[1] = parts[1]._replace(tap=reduction.attention_tap)
-    return Group(parts=tuple(parts), output_shape=shape, cost=sum(map(part_cost, parts), Cost()))
+        parts["mixer"] = parts["mixer"]._replace(tap=reduction.attention_tap)
+    for path, counted in (form.counted(parts) if form else {}).items():
+        parts[path] = parts[path]._replace(counted=counted)
+    return Group(parts=tuple(parts.values()), output_shape=output, cost=sum(map(part_cost, parts.values()), Cost()), form=form)
 
 
 def _place(path: str, kind: str, component: Component, shape: Any, out_dim: int | None) -> Part:
@@ -152,6 +193,10 @@ def _place(path: str, kind: str, component: Component, shape: Any, out_dim: int 
         raise SpecError(f"{where} needs the patches on a grid, but an earlier part breaks the grid up")
     if declared.needs_class_token and not shape.has_class_token:
         raise SpecError(f"{where} needs a class token; add the prefix 'class_token'")
+    if kind in KEEPS_COUNT and shape.has_sizes and not declared.takes_sizes:
+        raise SpecError(f"{where} takes no token sizes, which an earlier token reduction hands on")
+    if kind == "token_reduction" and shape.memory not in ("", component.name):
+        raise SpecError(f"{where} cannot follow {shape.memory!r}, which remembers something of every token")
     width = {} if out_dim is None else {"out_dim": out_dim}
     try:
         output = cls.output_shape(shape, **full_choices(kind, component), **width) if hasattr(cls, "output_shape") else shape

@@ -47,7 +47,7 @@ def _component_from_items(name: str, items: tuple[tuple[str, Scalar], ...]) -> C
 
 
 @lru_cache(maxsize=65536)
-def _canonical(kind: str, part: Component, types: tuple[type, ...]) -> Component:
+def _canonical(kind: str, part: Component, types: tuple[type, ...]) -> Component | None:
     """`part` checked and simplified; `types` keys the cache, since True == 1 == 1.0 hash alike."""
     where = f"{kind} {part.name!r}"
     declared = declaration(kind, part.name)
@@ -64,14 +64,16 @@ def _canonical(kind: str, part: Component, types: tuple[type, ...]) -> Component
     simplify = getattr(components.get(kind, part.name), "canonical", None)
     if simplify is not None:
         simpler = simplify(**checked)
+        if simpler is None:
+            return None
         if simpler.name != part.name:
             return canonical(kind, simpler)
         checked = {**checked, **simpler.choices}
     return Component(part.name, **{name: value for name, value in checked.items() if value != declared.choices[name].default})
 
 
-def canonical(kind: str, part: Component) -> Component:
-    """The component as a spec stores it; raises SpecError for an unknown name or a value that is not allowed."""
+def canonical(kind: str, part: Component) -> Component | None:
+    """The component as a spec stores it, None if it has no effect; raises SpecError for an unknown name or a value that is not allowed."""
     return _canonical(kind, part, tuple(type(value) for _, value in part.items))
 
 
@@ -84,9 +86,9 @@ def full_choices(kind: str, part: Component) -> dict[str, Scalar]:
 def _store_canonical(spec: Any, kinds: Mapping[str, str]) -> None:
     for attribute, kind in kinds.items():
         part = getattr(spec, attribute)
-        if part is not None:
-            object.__setattr__(spec, attribute, canonical(kind, part))
-        elif attribute in _REQUIRED_PARTS:
+        stored = None if part is None else canonical(kind, part)
+        object.__setattr__(spec, attribute, stored)
+        if stored is None and attribute in _REQUIRED_PARTS:
             raise SpecError(f"{attribute} is missing; registered: {', '.join(components.names(kind))}")
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from space.component import AttentionTap
-from space.layout import layout, why_no_class_row
+from space.component import AttentionTap, BlockForm, Tokens
+from space.layout import groups, layout, why_no_class_row
 from space.randomness import stream
 from space.registry import SpecError
 from space.spec import ArchSpec
@@ -23,11 +23,13 @@ from space.spec import ArchSpec
 class Block(nn.Module):
     """A pre-norm residual block, `(B, N, C) -> (B, N', C)`; N' < N after a token reduction.
 
-    The token reduction stands between the two residuals and is given the mixer's attention tap if it declares one.
+    The token reduction stands between the two residuals and is given the mixer's attention tap if it declares one. A component may
+    declare another form of the block.
     """
 
-    def __init__(self, path: str, take: Callable[[str], Any], tap: AttentionTap, drop_path: float):
+    def __init__(self, path: str, take: Callable[[str], Any], form: BlockForm | None, tap: AttentionTap, drop_path: float):
         super().__init__()
+        self.form = form
         self.tap = tap
         self.norm1 = take(f"{path}.norm1")
         self.mixer = take(f"{path}.mixer")
@@ -38,18 +40,28 @@ class Block(nn.Module):
         self.layer_scale2 = take(f"{path}.layer_scale2") or nn.Identity()
         self.drop_path = _drop_path(drop_path)
 
-    def forward(self, x: Tensor, with_class_row: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The tokens; `with_class_row` also the class token's attention, `(B, H, N)`."""
-        tapped: Any = None
-        if self.tap or with_class_row:
-            mixed, tapped = self.mixer(self.norm1(x), tap=self.tap or AttentionTap.CLASS_ROW)
-        else:
-            mixed = self.mixer(self.norm1(x))
-        x = x + self.drop_path(self.layer_scale1(mixed))
+    def forward(self, tokens: Tokens, with_class_row: bool = False) -> tuple[Tokens, Tensor | None]:
+        """The tokens after the block; `with_class_row` also the class token's attention, `(B, H, N)`, else None."""
+        if self.form is not None:
+            return self.form.forward(self, tokens), None
+        if tokens.memory is None and hasattr(self.token_reduction, "remember"):
+            tokens = tokens._replace(memory=self.token_reduction.remember(tokens.x))
+        tap = self.tap or (AttentionTap.CLASS_ROW if with_class_row else AttentionTap.NONE)
+        asked = {"tap": tap} if tap else {}
+        sizes = {} if tokens.sizes is None else {"sizes": tokens.sizes}
+        mixed = self.mixer(self.norm1(tokens.x), **asked, **sizes)
+        mixed, tapped = mixed if tap else (mixed, None)
+        tokens = tokens._replace(x=tokens.x + self.drop_path(self.layer_scale1(mixed)))
         if self.token_reduction is not None:
-            x = self.token_reduction(x, tapped) if self.tap else self.token_reduction(x)
-        x = x + self.drop_path(self.layer_scale2(self.feed_forward(self.norm2(x))))
-        return (x, tapped) if with_class_row else x
+            tokens = self._reduced(tokens, tapped)
+        tokens = tokens._replace(x=tokens.x + self.drop_path(self.layer_scale2(self.feed_forward(self.norm2(tokens.x)))))
+        return tokens, tapped if with_class_row else None
+
+    def _reduced(self, tokens: Tokens, tapped: Any) -> Tokens:
+        taken = (tapped,) if self.tap else ()
+        if self.token_reduction.declaration.takes_sizes:
+            return self.token_reduction(tokens, *taken)
+        return tokens._replace(x=self.token_reduction(tokens.x, *taken))
 
 
 class Stage(nn.Module):
@@ -60,15 +72,13 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsampling = downsampling
 
-    def forward(self, x: Tensor, with_class_row: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The tokens; `with_class_row`, of a last stage, also the class token's attention in the last block, `(B, H, N)`."""
+    def forward(self, tokens: Tokens, with_class_row: bool = False) -> tuple[Tokens, Tensor | None]:
+        """The tokens; `with_class_row`, of a last stage, also the class token's attention in the last block, `(B, H, N)`, else None."""
         *blocks, last = self.blocks
         for block in blocks:
-            x = block(x)
-        if with_class_row:
-            return last(x, with_class_row=True)
-        x = last(x)
-        return x if self.downsampling is None else self.downsampling(x)
+            tokens, _ = block(tokens)
+        tokens, class_row = last(tokens, with_class_row)
+        return (tokens if self.downsampling is None else tokens._replace(x=self.downsampling(tokens.x))), class_row
 
 
 class VisionTransformer(nn.Module):
@@ -83,6 +93,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.spec = spec
         parts = {part.path: part for part in layout(spec)}
+        forms = {where: group.form for where, group in groups(spec)}
 
         def take(path: str) -> Any:
             part = parts.get(path)
@@ -96,7 +107,7 @@ class VisionTransformer(nn.Module):
         self.stages = nn.ModuleList()
         for index, stage in enumerate(spec.stages):
             paths = [f"stages.{index}.blocks.{number}" for number in range(len(stage.blocks))]
-            blocks = [Block(path, take, parts[f"{path}.mixer"].tap, next(rates)) for path in paths]
+            blocks = [Block(path, take, forms[f"{path}."], parts[f"{path}.mixer"].tap, next(rates)) for path in paths]
             self.stages.append(Stage(blocks, take(f"stages.{index}.downsampling")))
         self.norm = take("norm")
         self.pooling = take("pooling")
@@ -106,15 +117,15 @@ class VisionTransformer(nn.Module):
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """Tokens `(B, N, C)` after the last stage, prefix first, before the final norm."""
-        return self.stages[-1](self._before_last_stage(x))
+        return self._tokens(x)[0].x
 
     def forward(self, x: Tensor, *, with_class_row: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        if not with_class_row:
-            return self._logits(self.forward_tokens(x))
-        if self._no_class_row:
+        if with_class_row and self._no_class_row:
             raise SpecError(f"no class row: {self._no_class_row}")
-        tokens, rows = self.stages[-1](self._before_last_stage(x), with_class_row=True)
-        return self._logits(tokens), rows.mean(dim=1)[:, self._num_prefix :]
+        tokens, class_row = self._tokens(x, with_class_row)
+        sizes = {} if tokens.sizes is None else {"sizes": tokens.sizes}
+        logits = self.head(self.pooling(self.norm(tokens.x), **sizes))
+        return logits if class_row is None else (logits, class_row.mean(dim=1)[:, self._num_prefix :])
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names by layer, in timm's convention: what precedes the blocks, each block (`coarse`: stage), the rest."""
@@ -125,19 +136,17 @@ class VisionTransformer(nn.Module):
             "blocks": [(stage, None), (r"^stages\.(\d+)\.downsampling", with_the_block_before), (r"^norm\.", with_the_block_before)],
         }
 
-    def _before_last_stage(self, x: Tensor) -> Tensor:
+    def _tokens(self, x: Tensor, with_class_row: bool = False) -> tuple[Tokens, Tensor | None]:
         x = self.patch_embed(x)
         if self.prefix is not None:
             x = self.prefix(x)
         if self.position is not None:
             x = self.position(x)
-        *stages, _ = self.stages
+        tokens = Tokens(x)
+        *stages, last = self.stages
         for stage in stages:
-            x = stage(x)
-        return x
-
-    def _logits(self, tokens: Tensor) -> Tensor:
-        return self.head(self.pooling(self.norm(tokens)))
+            tokens, _ = stage(tokens)
+        return last(tokens, with_class_row)
 
 
 def build(spec: ArchSpec, *, generator: torch.Generator | None = None, drop_path: float = 0.0) -> VisionTransformer:

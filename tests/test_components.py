@@ -12,8 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from space.component import KINDS, POSITIVE, AttentionTap, Choice, Cost, ImageShape, TokenShape, component, components, declaration
+from space.component import (
+    KINDS,
+    POSITIVE,
+    AttentionTap,
+    BlockForm,
+    Choice,
+    Cost,
+    ImageShape,
+    Tokens,
+    TokenShape,
+    component,
+    components,
+    declaration,
+)
 from space.components.attention import from_windows, to_windows
 from space.components.position import sincos_2d
 from space.cost import cost
@@ -105,12 +120,18 @@ def test_the_network_that_is_checked_holds_the_component(kind: str, part: Compon
 def test_a_component_puts_out_the_shape_it_declares(kind: str, part: Component):
     spec = host(kind, part)
     model, seen = built(spec), {}
+
+    def note(path: str, output: Any) -> None:
+        # A part may act twice; the shape that it declares is that of the first time.
+        seen.setdefault(path, output)
+
     for path, module in model.named_modules():
-        module.register_forward_hook(lambda _, __, output, path=path: seen.update({path: output}))
+        module.register_forward_hook(lambda _, __, output, path=path: note(path, output))
     model(images(spec.img_size))
     for placed in layout(spec):
         output = seen[placed.path]
-        output = output[0] if isinstance(output, tuple) else output
+        while isinstance(output, tuple):
+            output = output[0]
         shape = placed.output_shape
         per_sample = (shape.dim,) if placed.kind in ("pooling", "head") else (shape.num_tokens, shape.dim)
         assert tuple(output.shape) == (2, *per_sample), placed.path
@@ -187,6 +208,23 @@ def test_parameters_named_for_the_optimizer_exist(kind: str, part: Component):
     names = dict(model.named_parameters()).keys()
     assert decay_exempt(model) <= names
     assert exponent_parameters(model) <= decay_exempt(model)
+
+
+COUNTING = [(kind, part) for kind, part in CASES if kind in ("mixer", "pooling") and declaration(kind, part.name).takes_sizes]
+
+
+@pytest.mark.parametrize(("kind", "part"), COUNTING, ids=[f"{kind}-{part!r}" for kind, part in COUNTING])
+def test_a_token_of_size_s_is_s_equal_tokens(kind: str, part: Component):
+    counts = torch.tensor([1, 1, 3, 2, 1, 4])
+    shape = TokenShape(48, 4, num_prefix=2, has_class_token=True)
+    made: Any = module(kind, part, shape)
+    x = torch.randn(2, 6, 48, generator=torch.Generator().manual_seed(1))
+    written_out = x.repeat_interleave(counts, dim=1)
+    expected = made(written_out)
+    if kind == "mixer":
+        first = counts.cumsum(0) - counts
+        expected = expected[:, first]
+    torch.testing.assert_close(made(x, sizes=counts.float().expand(2, -1)), expected, rtol=1e-4, atol=1e-5)  # fp32 order of sums
 
 
 def check_contract(kind: str, part: Component) -> None:
@@ -342,6 +380,126 @@ def test_a_tap_that_the_mixer_does_not_offer_is_refused(monkeypatch: pytest.Monk
         cost(spec)
 
 
+@pytest.fixture
+def pairs() -> Iterator[str]:
+    @component("token_reduction", "pairs_of_a_test", takes_sizes=True)
+    class Pairs(nn.Module):
+        """The mean of every two patches, of size two."""
+
+        def __init__(self, shape: TokenShape):
+            super().__init__()
+            self.num_prefix = shape.num_prefix
+
+        @staticmethod
+        def output_shape(shape: TokenShape) -> TokenShape:
+            return shape._replace(num_patches=shape.num_patches // 2, grid=None, has_sizes=True)
+
+        @staticmethod
+        def cost(shape: TokenShape) -> Cost:
+            return Cost()
+
+        def forward(self, tokens: Tokens) -> Tokens:
+            prefix, patches = tokens.x[:, : self.num_prefix], tokens.x[:, self.num_prefix :]
+            merged = patches.unflatten(1, (-1, 2)).mean(dim=2)
+            sizes = torch.full(merged.shape[:2], 2.0)
+            return Tokens(torch.cat([prefix, merged], dim=1), torch.cat([torch.ones(prefix.shape[:2]), sizes], dim=1))
+
+    yield "pairs_of_a_test"
+    forget("token_reduction", "pairs_of_a_test")
+
+
+def test_sizes_reach_the_next_mixer_and_the_pooling(pairs: str):
+    part = Component(pairs)
+    check_contract("token_reduction", part)
+    model, given = built(host("token_reduction", part)), {}
+    for path in ("stages.0.blocks.0.mixer", "stages.0.blocks.1.mixer", "pooling"):
+        model.get_submodule(path).register_forward_hook(
+            lambda _, __, keywords, ___, path=path: given.update({path: keywords.get("sizes")}), with_kwargs=True
+        )
+    model(images())
+    assert given["stages.0.blocks.0.mixer"] is None
+    for path in ("stages.0.blocks.1.mixer", "pooling"):
+        assert given[path].tolist() == [[2.0] * 32] * 2
+
+
+def test_a_component_that_takes_no_sizes_is_refused_where_sizes_are_handed_on(monkeypatch: pytest.MonkeyPatch, pairs: str, top_k: str):
+    with_class_token = dataclasses.replace(host("token_reduction", Component(pairs)), prefix=Component("class_token"))
+    (stage,) = with_class_token.stages
+    again = dataclasses.replace(stage.blocks[1], token_reduction=Component(top_k, keep=8))
+    stages = (dataclasses.replace(stage, blocks=(stage.blocks[0], again)),)
+    with pytest.raises(SpecError, match=r"blocks.1.token_reduction: .* takes no token sizes, which an earlier token reduction hands on"):
+        cost(dataclasses.replace(with_class_token, stages=stages))
+    for kind, name in (("mixer", "attention"), ("pooling", "mean")):
+        cls: Any = components.get(kind, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, "declaration", dataclasses.replace(cls.declaration, takes_sizes=False))
+            with pytest.raises(SpecError, match=f"{kind} '{name}' takes no token sizes"):
+                # Layouts are kept, so another image size makes a new one.
+                cost(network("token_reduction", Component(pairs), img_size=40 if kind == "mixer" else 48))
+
+
+@pytest.fixture
+def parallel() -> Iterator[str]:
+    def both_at_once(block: Any, tokens: Tokens) -> Tokens:
+        normed = block.norm1(tokens.x)
+        return tokens._replace(x=tokens.x + block.drop_path(block.mixer(normed) + block.feed_forward(normed)))
+
+    @component("feed_forward", "parallel_of_a_test", block_form=BlockForm(("norm1", "mixer", "feed_forward"), both_at_once))
+    class Parallel(nn.Linear):
+        """A feed-forward beside the mixer, on the same normalised tokens."""
+
+        def __init__(self, shape: TokenShape):
+            super().__init__(shape.dim, shape.dim)
+
+        @staticmethod
+        def cost(shape: TokenShape) -> Cost:
+            return Cost.linear(shape.num_tokens, shape.dim, shape.dim)
+
+    yield "parallel_of_a_test"
+    forget("feed_forward", "parallel_of_a_test")
+
+
+def test_a_component_may_declare_another_form_of_its_block(parallel: str):
+    part = Component(parallel)
+    check_contract("feed_forward", part)
+    spec = host("feed_forward", part)
+    assert "stages.0.blocks.0.norm2" not in {placed.path for placed in layout(spec)}
+    block: Any = built(spec).get_submodule("stages.0.blocks.0")
+    x = torch.randn(2, 64, 24)
+    with torch.no_grad():
+        normed = block.norm1(x)
+        torch.testing.assert_close(block(Tokens(x))[0].x, x + block.mixer(normed) + block.feed_forward(normed))
+    last = dataclasses.replace(spec.stages[1].blocks[0], feed_forward=part)
+    stages = (spec.stages[0], dataclasses.replace(spec.stages[1], blocks=(last,)))
+    assert supports_class_row(dataclasses.replace(spec, stages=stages)) == "the last block has a form of its own, which gives no attention"
+    with pytest.raises(SpecError, match="token_reduction 'mctf' and feed_forward 'parallel_of_a_test' need blocks of different forms"):
+        cost(dataclasses.replace(spec, stages=(spec.stages[0], dataclasses.replace(spec.stages[1], blocks=(merging(last),)))))
+
+
+def merging(block: BlockSpec) -> BlockSpec:
+    return dataclasses.replace(block, token_reduction=Component("mctf", r=4))
+
+
+@pytest.fixture
+def nothing() -> Iterator[str]:
+    @component("pooling", "nothing_of_a_test")
+    class Nothing(nn.Identity):
+        """A part without effect in a place that cannot be empty."""
+
+        @staticmethod
+        def canonical() -> None:
+            return None
+
+    yield "nothing_of_a_test"
+    forget("pooling", "nothing_of_a_test")
+
+
+def test_a_part_without_effect_is_no_part_of_a_spec(nothing: str):
+    assert canonical("token_reduction", Component("evit", keep=1.0)) is None
+    with pytest.raises(SpecError, match="pooling is missing; registered"):
+        dataclasses.replace(host("prefix", Component("class_token")), pooling=Component(nothing))
+
+
 def reducing(number: int, keep: Component) -> ArchSpec:
     """Two blocks, of which the one of this number reduces its tokens."""
     block = BlockSpec(mixer=Component("attention", num_heads=2, head_dim=5), feed_forward=Component("mlp", hidden_dim=20))
@@ -393,6 +551,48 @@ def test_the_class_row_is_the_first_row_of_the_attention_map():
     q, k, _ = attention.qkv(x).reshape(2, 6, 3, 3, 4).permute(2, 0, 3, 1, 4)
     torch.testing.assert_close(row, (q @ k.mT / 2).softmax(-1)[:, :, 0])
     torch.testing.assert_close(row.sum(-1), torch.ones(2, 3))
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operator gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.num_elements = max([self.num_elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("with_sizes", [False, True], ids=["plain", "sizes"])
+@pytest.mark.parametrize("tap", AttentionTap, ids=lambda tap: tap.name)
+def test_the_map_of_attention_is_made_only_for_the_taps_that_read_it(tap: AttentionTap, with_sizes: bool):
+    N = 300
+    attention: Any = module("mixer", Component("attention", num_heads=2, head_dim=4), TokenShape(8, N))
+    sizes = torch.full((1, N), 2.0) if with_sizes else None
+    with torch.no_grad(), Largest() as largest:
+        attention(torch.randn(1, N, 8), tap=tap, sizes=sizes)
+    assert (largest.num_elements >= N * N) == (tap >= AttentionTap.COLUMN_SUMS)
+
+
+def test_every_tap_reads_one_map_and_leaves_the_tokens_as_they_are():
+    attention: Any = module("mixer", Component("attention", num_heads=3, head_dim=4), TokenShape(10, 6))
+    x, sizes = torch.randn(2, 6, 10), torch.tensor([[1.0, 2, 1, 3, 1, 1], [1, 1, 4, 1, 1, 2]])
+    plain = attention(x, sizes=sizes)
+    tapped = {}
+    for tap in (AttentionTap.CLASS_ROW, AttentionTap.COLUMN_SUMS, AttentionTap.FULL_MAP):
+        y, tapped[tap] = attention(x, tap=tap, sizes=sizes)
+        torch.testing.assert_close(y, plain)
+    q, k, _ = attention.qkv(x).reshape(2, 6, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.mT / 2).exp() * sizes[:, None, None]
+    weights = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(tapped[AttentionTap.FULL_MAP], weights)
+    torch.testing.assert_close(tapped[AttentionTap.CLASS_ROW], weights[:, :, 0])
+    torch.testing.assert_close(tapped[AttentionTap.COLUMN_SUMS].sums, weights.sum(2))
+    torch.testing.assert_close(tapped[AttentionTap.COLUMN_SUMS].diagonal, weights.diagonal(dim1=2, dim2=3))
 
 
 def test_permuting_the_tokens_permutes_what_attention_puts_out():

@@ -71,7 +71,7 @@ def run(trained, tmp_path):
             recipe=RECIPE,
             weights=weights_from(workdir / "model.pt", SMALL) if each.weights == "needed" else None,
             workdir=workdir,
-            earlier={"backbone": (EarlierTrial(number=0, workdir=trained, key="backbone"),)},
+            earlier={phase: (EarlierTrial(number=0, workdir=trained, key=phase, seed=RECIPE.seed),) for phase in ("backbone", "train")},
         )
         return each.function(SMALL, context, each.parse_settings(QUICK.get(each.name, {})))
 
@@ -101,7 +101,7 @@ def test_a_model_of_timm_is_measured_or_refused_with_the_reason(each, tmp_path):
         recipe=RECIPE,
         weights=weights_from(tmp_path / "model.pt", model) if each.weights == "needed" else None,
         workdir=tmp_path,
-        earlier={"backbone": (EarlierTrial(number=0, workdir=tmp_path, key="backbone"),)},
+        earlier={phase: (EarlierTrial(number=0, workdir=tmp_path, key=phase),) for phase in ("backbone", "train")},
     )
     refusal = ""
     measured = {}

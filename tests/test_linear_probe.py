@@ -10,13 +10,14 @@ import torch
 
 from space.model import build_model
 from space.recipe import Recipe
+from space.reductions import with_reductions
 from space.registry import SpecError
 from space.spec import ArchSpec, BlockSpec, Component, StageSpec
 from space.timm_spec import TimmSpec
 from workers.checkpoints import load_model, save_model
 from workers.data import load_dataset
 from workers.evaluator import Context, EarlierTrial, EvaluationError, evaluators
-from workers.evaluators.linear_probe import LinearProbeSettings, cached_tokens, linear_probe
+from workers.evaluators.linear_probe import LinearProbeSettings, cached_tokens, check_same_but_pooling, linear_probe
 from workers.evaluators.train import TrainSettings, train_network
 from workers.inference import mean_nll, predict, top1_pct
 
@@ -227,3 +228,9 @@ def test_a_study_without_a_backbone_is_refused(dataset, tmp_path):
 def test_settings_out_of_range_are_refused(assignment, words):
     with pytest.raises(ValueError, match=words):
         evaluators.get("linear_probe").parse_settings(assignment)
+
+
+def test_a_backbone_whose_tokens_have_sizes_is_refused():
+    merging = with_reductions(vit(), {1: Component("mctf", r=4)})
+    with pytest.raises(SpecError, match="linear_probe keeps tokens without their sizes"):
+        check_same_but_pooling(merging, merging)

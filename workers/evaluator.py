@@ -68,12 +68,13 @@ def report_nothing(name: str, value: float, step: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlierTrial:
-    """A complete trial of an earlier phase: its number there, its files, the key of its measurement, and what was measured."""
+    """A complete trial of an earlier phase: its number there, its files, the key and seed of its measurement, and what was measured."""
 
     number: int
     workdir: Path
     key: str
     values: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

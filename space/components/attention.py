@@ -6,10 +6,13 @@ differentiation on the CPU needs `sdpa_kernel(SDPBackend.MATH)`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from space.component import POSITIVE, AttentionTap, Choice, Cost, Folds, TokenShape, component
+from space.component import POSITIVE, AttentionColumns, AttentionTap, Choice, Cost, Folds, TokenShape, component
 from space.registry import SpecError
 from space.spec import Component
 
@@ -21,9 +24,13 @@ HEADS = {
 """Queries, keys and values are `num_heads * head_dim` wide, whatever the width of the tokens."""
 
 
-@component("mixer", "attention", choices=HEADS, offers_tap=AttentionTap.CLASS_ROW)
+@component("mixer", "attention", choices=HEADS, offers_tap=AttentionTap.FULL_MAP, takes_sizes=True)
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens: `(B, N, C) -> (B, N, C)`."""
+    """Multi-head self-attention over all tokens: `(B, N, C) -> (B, N, C)`.
+
+    A token of size s is attended to as s equal tokens: log s is added to the logits of its key (Token merging,
+    https://arxiv.org/abs/2210.09461, equation 1). The map of N x N weights is made only for a tap of COLUMN_SUMS or more, or `between`.
+    """
 
     def __init__(self, shape: TokenShape, *, num_heads: int, head_dim: int, qkv_bias: bool):
         super().__init__()
@@ -41,14 +48,49 @@ class Attention(nn.Module):
 
     @staticmethod
     def tap_cost(shape: TokenShape, tap: AttentionTap, *, num_heads: int, head_dim: int, qkv_bias: bool) -> Cost:
-        macs = num_heads * shape.num_tokens * head_dim
-        return Cost(macs=macs, fvcore_macs=macs)
+        # Where the map is made, the taps are read from it; the class row alone is computed a second time.
+        return Cost(fvcore_macs=num_heads * shape.num_tokens * head_dim if tap == AttentionTap.CLASS_ROW else 0)
 
-    def forward(self, x: Tensor, tap: AttentionTap = AttentionTap.NONE) -> Tensor | tuple[Tensor, Tensor]:
-        """Attended tokens; with `tap=CLASS_ROW` also the class token's attention, `(B, H, N)`."""
+    @staticmethod
+    def merged_cost(shape: TokenShape, merged: TokenShape, *, num_heads: int, head_dim: int, qkv_bias: bool) -> Cost:
+        width, N, M = num_heads * head_dim, shape.num_tokens, merged.num_tokens
+        projections = (Cost.linear(N, shape.dim, 2 * width, qkv_bias), Cost.linear(M, shape.dim, width, qkv_bias))
+        products = (N * N + M * M) * width
+        return sum(projections, Cost(macs=products, fvcore_macs=products)) + Cost.linear(M, width, shape.dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        tap: AttentionTap = AttentionTap.NONE,
+        sizes: Tensor | None = None,
+        between: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Any:
+        """Attended tokens; with a `tap` the pair of them and what it reads.
+
+        `sizes` `(B, N)` are those of the tokens. `between` is called with the map and gives the map `(B, H, M, M)` and the tokens
+        `(B, M, C)` that are attended to in their place, normalised: the output is then `(B, M, C)`.
+        """
+        if between is not None:
+            width = self.proj.in_features
+            queries_keys, values = self._projected(x, slice(0, 2 * width)), slice(2 * width, None)
+            q, k = queries_keys.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            weights, x = between(attention_map(q, k, sizes))
+            v = self._projected(x, values).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            return self.proj(merge_heads(weights @ v))
         q, k, v = split_heads(self.qkv(x), self.num_heads)
-        y = self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
-        return (y, class_row(q, k)) if tap else y
+        if tap >= AttentionTap.COLUMN_SUMS:
+            weights = attention_map(q, k, sizes)
+            y = self.proj(merge_heads(weights @ v))
+            return y, weights if tap == AttentionTap.FULL_MAP else columns(weights)
+        if sizes is None:
+            y = self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        else:
+            y = self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=_key_bias(sizes, q))))
+        return (y, class_row(q, k, sizes)) if tap else y
+
+    def _projected(self, x: Tensor, rows: slice) -> Tensor:
+        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
+        return F.linear(x, self.qkv.weight[rows], bias)
 
 
 @component(
@@ -128,10 +170,26 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def class_row(q: Tensor, k: Tensor) -> Tensor:
+def class_row(q: Tensor, k: Tensor, sizes: Tensor | None = None) -> Tensor:
     """Attention of token 0 to every token, `(B, H, N)`: recomputed alone, so the full map never exists."""
+    return attention_map(q[:, :, :1], k, sizes).squeeze(2)
+
+
+def attention_map(q: Tensor, k: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """The weights of every key for every query, `(B, H, Q, D), (B, H, N, D) -> (B, H, Q, N)`; `sizes` `(B, N)` are those of the keys."""
     D = q.shape[-1]
-    return ((q[:, :, :1] * D**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1).squeeze(2)
+    logits = (q * D**-0.5) @ k.transpose(-2, -1)
+    return (logits if sizes is None else logits + _key_bias(sizes, logits)).softmax(dim=-1)
+
+
+def columns(weights: Tensor) -> AttentionColumns:
+    """What each key receives in the map `(B, H, N, N)`."""
+    return AttentionColumns(weights.sum(dim=2), weights.diagonal(dim1=2, dim2=3))
+
+
+def _key_bias(sizes: Tensor, like: Tensor) -> Tensor:
+    """What sizes `(B, N)` add to the logits, `(B, 1, 1, N)`."""
+    return sizes.log()[:, None, None].to(like.dtype)
 
 
 def to_windows(x: Tensor, grid: tuple[int, int], splits: int) -> Tensor:

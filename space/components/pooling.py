@@ -1,6 +1,6 @@
 """Pooling of the normalised tokens of the last stage to one vector: `(B, N, C) -> (B, C)`.
 
-All but `class_token` pool the patches and leave prefix tokens out.
+All but `class_token` pool the patches and leave prefix tokens out. With `sizes` `(B, N)` a patch of size s counts as s equal patches.
 """
 
 from __future__ import annotations
@@ -41,37 +41,42 @@ class _Pooling(nn.Module):
     def cost(shape: TokenShape) -> Cost:
         return Cost()
 
+    def _patches(self, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The patches `(B, N, C)` and their sizes `(B, N)`, without prefix tokens."""
+        return x[:, self.num_prefix :], None if sizes is None else sizes[:, self.num_prefix :]
 
-@component("pooling", "class_token", needs_class_token=True)
+
+@component("pooling", "class_token", needs_class_token=True, takes_sizes=True)
 class ClassTokenPooling(_Pooling):
     """The class token."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
         return x[:, 0]
 
 
-@component("pooling", "mean")
+@component("pooling", "mean", takes_sizes=True)
 class MeanPooling(_Pooling):
     """The mean of the patches."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, self.num_prefix :].mean(dim=1)
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+        return weighted_mean(*self._patches(x, sizes))
 
 
-@component("pooling", "max")
+@component("pooling", "max", takes_sizes=True)
 class MaxPooling(_Pooling):
     """The largest value of each channel over the patches."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
         return x[:, self.num_prefix :].amax(dim=1)
 
 
-@component("pooling", "relu_mean")
+@component("pooling", "relu_mean", takes_sizes=True)
 class ReluMeanPooling(_Pooling):
     """The mean over the patches of the positive parts: GeM's clamp without its exponent."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, self.num_prefix :].clamp(min=0).mean(dim=1)
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+        patches, sizes = self._patches(x, sizes)
+        return weighted_mean(patches.clamp(min=0), sizes)
 
 
 class _PowerMeanPooling(nn.Module):
@@ -100,13 +105,14 @@ class _PowerMeanPooling(nn.Module):
     def exponent_parameters(self) -> set[str]:
         return {"p"} if isinstance(self.p, nn.Parameter) else set()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
         C = x.shape[-1]
         p = self.p.detach().clamp(min=MIN_EXPONENT) + (self.p - self.p.detach())
-        return power_mean(x[:, self.num_prefix :], p.repeat_interleave(C // len(p)))
+        sizes = None if sizes is None else sizes[:, self.num_prefix :]
+        return power_mean(x[:, self.num_prefix :], p.repeat_interleave(C // len(p)), sizes)
 
 
-@component("pooling", "gem", choices=EXPONENT)
+@component("pooling", "gem", choices=EXPONENT, takes_sizes=True)
 class GeMPooling(_PowerMeanPooling):
     """Generalized mean of the patches with one exponent (https://arxiv.org/abs/1711.02512), which starts at `p`.
 
@@ -125,7 +131,7 @@ class GeMPooling(_PowerMeanPooling):
         return Cost(params=int(learned))
 
 
-@component("pooling", "ggem", choices={"groups": Choice(offered=(1, 2, 3, 4, 6, 8, 12, 16), allowed=POSITIVE)} | EXPONENT)
+@component("pooling", "ggem", choices={"groups": Choice(offered=(1, 2, 3, 4, 6, 8, 12, 16), allowed=POSITIVE)} | EXPONENT, takes_sizes=True)
 class GroupGeMPooling(_PowerMeanPooling):
     """Group Generalized Mean Pooling for Vision Transformer (https://arxiv.org/abs/2212.04114).
 
@@ -150,8 +156,16 @@ class GroupGeMPooling(_PowerMeanPooling):
         return Cost(params=groups * learned)
 
 
-def power_mean(x: Tensor, p: Tensor) -> Tensor:
-    """`(mean_n max(x_n, eps)^p)^(1/p)` per channel, `(B, N, C), (C,) -> (B, C)`; every p is above 0.
+def weighted_mean(x: Tensor, sizes: Tensor | None) -> Tensor:
+    """The mean of tokens of these sizes, `sum_n s_n x_n / sum_n s_n`: `(B, N, C), (B, N) -> (B, C)`; None is 1 for all."""
+    if sizes is None:
+        return x.mean(dim=1)
+    shares = sizes / sizes.sum(dim=1, keepdim=True)
+    return (x * shares.unsqueeze(2).to(x.dtype)).sum(dim=1)
+
+
+def power_mean(x: Tensor, p: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """`(mean_n max(x_n, eps)^p)^(1/p)` per channel, `(B, N, C), (C,), (B, N) -> (B, C)`; every p is above 0, tokens count by their sizes.
 
     As `m (mean_n (max(x_n, eps) / m)^p)^(1/p)` with m the largest, in at least float32: eps^p alone underflows for p above 7.5, and
     in half precision far sooner.
@@ -162,5 +176,5 @@ def power_mean(x: Tensor, p: Tensor) -> Tensor:
         clamped = x.to(wide).clamp(min=GEM_EPS)
         # It cancels out, so it needs no gradient.
         largest = clamped.detach().amax(dim=1, keepdim=True)
-        mean = (clamped / largest).pow(p).mean(dim=1)
+        mean = weighted_mean((clamped / largest).pow(p), sizes)
         return (largest.squeeze(1) * mean.pow(1 / p)).to(x.dtype)

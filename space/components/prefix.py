@@ -14,7 +14,7 @@ TOKEN_STD = 1e-6
 @component(
     "prefix",
     "class_token",
-    choices={"num_registers": Choice(offered=(0, 1, 2, 4, 8), default=0, allowed=(lambda value: value >= 0, "0 or above"))},
+    choices={"num_registers": Choice(offered=(0, 1, 2, 4, 8, 16), default=0, allowed=(lambda value: value >= 0, "0 or above"))},
 )
 class ClassToken(nn.Module):
     """A class token and registers before the patches: `(B, N, C) -> (B, 1 + num_registers + N, C)`.

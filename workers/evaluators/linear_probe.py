@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from results.records import Metric
+from space.component import TokenShape
+from space.layout import layout
 from space.model import Model, as_arch, build_model, exponent_parameters
 from space.randomness import stream
 from space.recipe import Recipe
@@ -125,6 +127,8 @@ def check_same_but_pooling(backbone: Model, model: Model) -> None:
     if there is None or here is None or there is not backbone or here is not model:
         raise SpecError("linear_probe exchanges the pooling of a network of our components; models of timm and subnets have none")
     theirs, ours = replace(there, pooling=here.pooling).to_json(), here.to_json()
+    if any(part.kind == "pooling" and part.shape.has_sizes for part in layout(here) if isinstance(part.shape, TokenShape)):
+        raise SpecError("linear_probe keeps tokens without their sizes, and a token reduction of this network hands sizes on")
     different = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
     if different:
         told = "; ".join(f"{name} is {_short(theirs.get(name))} there and {_short(ours.get(name))} here" for name in different)
