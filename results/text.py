@@ -39,6 +39,10 @@ def print_results(report: StudyReport, top: int, place: str = "") -> None:
         print(effects_summary(effects))
     if report.effects_failure:
         print(report.effects_failure)
+    if report.answer:
+        print(f"{report.answer.title}\n\n{report.answer.text}")
+    elif report.answer_failure:
+        print(report.answer_failure)
 
 
 def text_table(results: StudyResults, phase: str, top: int, place: str = "") -> str:

@@ -78,6 +78,7 @@ def run_study(
             objectives={phase.name: list(phase.goals) for phase in plan.study.phases},
             measured={phase.name: list(phase.metrics) for phase in plan.study.phases},
             designs=plan.designs(),
+            question=plan.study.question.to_json() if plan.study.question else None,
         )
         try:
             with closing(make_pool(plan, max_workers, ray_address)) as pool:

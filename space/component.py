@@ -16,6 +16,7 @@ methods, with these signatures:
     output_shape(shape, **choices) -> TokenShape     what goes out, if not what came in; raises SpecError if illegal
     canonical(**choices) -> Component                an equal component in simpler terms (no effect: normalised away)
     tap_cost(shape, tap, **choices) -> Cost          of a mixer that offers a tap: what `tap` adds to `cost`
+    linear_maps(shape, **choices) -> LinearMaps      of a mixer or a feed-forward: its weight matrices, for scores in closed form
 
 and optional methods of the module, which name parameters of its own:
 
@@ -40,6 +41,8 @@ from typing import Any, NamedTuple, TypeVar
 from space.registry import Registry, SpecError
 
 Scalar = bool | int | float | str
+LinearMaps = tuple[tuple[int, int, int], ...]
+"""Weight matrices as (inputs, outputs, how many of them); a projection to several heads counts head by head."""
 REQUIRED: Any = object()
 
 KINDS = ("patch_embed", "prefix", "position", "norm", "mixer", "feed_forward", "token_reduction", "downsampling", "pooling", "head")

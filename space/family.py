@@ -30,13 +30,15 @@ class Family:
     """Networks that belong together: those with a name, those with a notation, and the spaces they are searched in.
 
     `read` makes the model of what a user types after `FAMILY:`; it raises SpecError saying what is allowed. `spaces` are functions
-    by the name of the space they make; they take the keywords `img_size` and `num_classes`.
+    by the name of the space they make; they take the keywords `img_size` and `num_classes`. `tables` are readers of architectures as
+    published tables write them: a JSON object and those keywords to a model; they raise SpecError saying what is wrong.
     """
 
     models: Mapping[str, NamedModel] = field(default_factory=dict)
     """By name, smallest first."""
     read: Callable[[str], Model] | None = None
     spaces: Mapping[str, Callable[..., SearchSpace]] = field(default_factory=dict)
+    tables: Mapping[str, Callable[..., Model]] = field(default_factory=dict)
 
 
 families: Registry[Family] = Registry("family", package="space.families")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from space.component import POSITIVE, AttentionTap, Choice, Cost, TokenShape, component
+from space.component import POSITIVE, AttentionTap, Choice, Cost, LinearMaps, TokenShape, component
 from space.registry import SpecError
 from space.spec import Component
 
@@ -34,6 +34,10 @@ class Attention(nn.Module):
     @staticmethod
     def cost(shape: TokenShape, *, num_heads: int, head_dim: int, qkv_bias: bool) -> Cost:
         return attention_cost(shape, shape.num_tokens, num_heads, head_dim, qkv_bias)
+
+    @staticmethod
+    def linear_maps(shape: TokenShape, *, num_heads: int, head_dim: int, qkv_bias: bool) -> LinearMaps:
+        return attention_maps(shape, num_heads, head_dim)
 
     @staticmethod
     def tap_cost(shape: TokenShape, tap: AttentionTap, *, num_heads: int, head_dim: int, qkv_bias: bool) -> Cost:
@@ -86,6 +90,10 @@ class WindowAttention(nn.Module):
     def cost(shape: TokenShape, *, num_heads: int, head_dim: int, qkv_bias: bool, splits: int) -> Cost:
         return attention_cost(shape, shape.num_patches // splits**2, num_heads, head_dim, qkv_bias)
 
+    @staticmethod
+    def linear_maps(shape: TokenShape, *, num_heads: int, head_dim: int, qkv_bias: bool, splits: int) -> LinearMaps:
+        return attention_maps(shape, num_heads, head_dim)
+
     def forward(self, x: Tensor) -> Tensor:
         windows = to_windows(x, self.grid, self.splits)
         q, k, v = split_heads(self.qkv(windows), self.num_heads)
@@ -99,6 +107,11 @@ def attention_cost(shape: TokenShape, num_keys: int, num_heads: int, head_dim: i
     products = 2 * shape.num_tokens * num_keys * width
     qkv = Cost.linear(shape.num_tokens, shape.dim, 3 * width, qkv_bias)
     return qkv + Cost(macs=products, fvcore_macs=products) + Cost.linear(shape.num_tokens, width, shape.dim)
+
+
+def attention_maps(shape: TokenShape, num_heads: int, head_dim: int) -> LinearMaps:
+    """Queries, keys and values of every head, and the projection of all heads."""
+    return ((shape.dim, head_dim, 3 * num_heads), (num_heads * head_dim, shape.dim, 1))
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
