@@ -89,7 +89,7 @@ def render(report: StudyReport) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: leaderboard</title>'
         '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
         f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body><h1>{name}: leaderboard</h1>"
-        f"<dl>{provenance}</dl>{effects}{sections}<script>{SCRIPT}</script></body></html>\n"
+        f"<dl>{provenance}</dl>{_answer(report)}{effects}{sections}<script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -108,6 +108,16 @@ def _section(results: StudyResults, phase: str, row: list[Panel]) -> str:
     if text := _agreement(results, phase):
         parts.append(f"<h3>What the expensive scores add</h3>{text}")
     return "".join(parts)
+
+
+def _answer(report: StudyReport) -> str:
+    if report.answer is None:
+        return f"<p>{escape(report.answer_failure)}</p>" if report.answer_failure else ""
+    figure = ""
+    if report.answer.figure is not None:
+        config = {"displaylogo": False, "responsive": True}
+        figure = report.answer.figure.to_html(full_html=False, include_plotlyjs=False, config=config)
+    return f"<h2>{escape(report.answer.title)}</h2>{figure}<pre>{escape(report.answer.text)}</pre>"
 
 
 def _effects(effects: Effects) -> str:

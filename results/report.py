@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 from results.answers import Answer, Question, answer
 from results.effects.study import Effects, load_effects
@@ -28,6 +29,13 @@ class StudyReport:
         """The report of one phase; raises UnreadableStudy for a phase without measurements."""
         effects = tuple(one for one in self.effects if one.phase == phase)
         return replace(self, results=self.results.only(phase), effects=effects, answer=None, answer_failure="")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The result for a script, as JSON: the answer to the study's question, else what ranks first in each phase."""
+        if self.answer:
+            return dict(self.answer.summary)
+        return {phase: self.results.first(phase) for phase in self.results.phases}
 
     def without_effects(self, error: Exception) -> StudyReport:
         """The same report, saying that `error` kept the effects from being stated or drawn."""

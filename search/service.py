@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -16,7 +17,7 @@ from results.attachments import attach_leaderboard
 from results.mlflow_store import MlflowTracker, check_tracking
 from results.mlflow_views import how_to_browse
 from results.paths import RunPaths, journal_lock, without_password
-from results.text import print_results
+from results.text import print_answer, print_results
 from search.archiving import Archiving
 from search.interruption import Interruption
 from search.lock import Hold, Lease, LockFile, StudyIsDriven
@@ -52,8 +53,11 @@ def run_study(
     command: str,
     interruption: Interruption,
     place: str = "",
+    as_json: bool = False,
 ) -> None:
-    """Run or resume the study to its end and print its leaderboard; `place` are the flags by which other commands find it.
+    """Run or resume the study to its end, and print the answer to its question if it has one, else its leaderboard.
+
+    `place` are the flags by which other commands find it. With `as_json` the last line of output is the result as JSON.
 
     Raises ValueError, before any work, for whatever a user can have got wrong; PhaseStopped when the work itself cannot
     go on. However it ends, what was measured is kept.
@@ -91,10 +95,15 @@ def run_study(
             raise
         tracker.close("FINISHED")
         results = attach_leaderboard(tracker)
-    print_results(results, LEADERBOARD_ROWS, place)
+    if results.answer:
+        print_answer(results)
+    else:
+        print_results(results, LEADERBOARD_ROWS, place)
     print(f"all of it: python -m results.leaderboard {settings.study_name}{place}")
     for line in how_to_browse(plan.tracking_uri, tracker.view_addresses):
         print(line)
+    if as_json:
+        print(json.dumps(results.summary))
 
 
 def _shown_settings(settings: RunSettings) -> dict[str, str]:

@@ -147,8 +147,8 @@ def _shown(found: Estimate) -> str:
 
 
 def _short(value: float) -> str:
-    """`+.60`."""
-    return f"{value:+.2f}".replace("0.", ".", 1)
+    """`+.60`, and `+1.0`: never more than four characters."""
+    return f"{value:+.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:+.1f}"
 
 
 def _verdict_in_words(verdict: Verdict) -> list[str]:
@@ -158,14 +158,11 @@ def _verdict_in_words(verdict: Verdict) -> list[str]:
     baseline = next(one for one in verdict.qualities if one.score == verdict.best_baseline)
     best = f"{baseline.score}, {_shown(baseline.tau_equal_size)}"
     words = [f"At equal size the best of what costs nothing is {best}, chosen on these very networks."]
-    if judged and verdict.beating:
-        words.append(
-            f"{count(len(verdict.beating), 'score')} of {len(judged)} beat{'s' if len(verdict.beating) == 1 else ''} it: "
-            + ", ".join(f"{one.score} by {_shown(one.gain)}" for one in judged if one.beats_baselines and one.gain)
-            + " (Bonferroni)."
-        )
+    if verdict.beating:
+        gains = [f"{one.score} by {_shown(one.gain)}" for one in judged if one.beats_baselines and one.gain]
+        words.append(f"Better than that, after Bonferroni's correction for {count(len(judged), 'score')}: {', '.join(gains)}.")
     elif judged:
-        words.append(f"None of the {count(len(judged), 'score')} beats it.")
+        words.append(f"{judged[0].score} does not beat it." if len(judged) == 1 else f"None of the {len(judged)} scores beats it.")
     if (found := verdict.combination) is not None:
         decided = found.gain.low > 0 or found.gain.high < 0
         words.append(
