@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from results.answers import Answer
 from results.effects.study import Effects
 from results.figures import forest, leaderboard, robustness
 from results.mlflow_store import MlflowTracker
@@ -23,6 +24,8 @@ def attach_leaderboard(tracker: MlflowTracker) -> StudyReport:
         report.results.frame.to_csv(folder / "leaderboard.csv", index=False)
         write_html(report, folder / "leaderboard.html")
         leaderboard.write_png(report.results, folder / "leaderboard.png")
+        if report.answer:
+            _write_answer(report.answer, folder)
         try:
             _write_effects(report.effects, folder)
         except Exception as error:  # the measurements are shown even if the effects cannot be
@@ -45,6 +48,14 @@ def _summarize(report: StudyReport, tracker: MlflowTracker) -> None:
         for name, value in first.items():
             (params if isinstance(value, str) else metrics)[f"best/{phase}/{name}"] = value
     tracker.summarize(metrics=metrics, params=params)
+
+
+def _write_answer(answer: Answer, folder: Path) -> None:
+    (folder / "answer.txt").write_text(f"{answer.title}\n\n{answer.text}\n")
+    (folder / "answer.json").write_text(json.dumps(dict(answer.summary), indent=1))
+    answer.table.to_csv(folder / "answer.csv", index=False)
+    if answer.draw:
+        answer.draw(folder / "answer.png")
 
 
 def _write_effects(effects: Sequence[Effects], folder: Path) -> None:

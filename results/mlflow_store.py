@@ -54,6 +54,9 @@ PARAMS_FILE = "params.json"
 DESIGNS_FILE = "designs.json"
 DESIGNS_TAG = "designs"
 """Tag of a parent run: the phases that have a design. The designs themselves are its artifact."""
+QUESTION_FILE = "question.json"
+QUESTION_TAG = "question"
+"""Tag of a parent run: the kind of question that its study answers. The question itself is its artifact."""
 
 CURVE = "curve/"
 """Prefix of the metrics that were reported while a trial ran; without it the last point could hide the final value."""
@@ -97,7 +100,8 @@ class MlflowTracker:
     server (default: `mlflow-artifacts` beside a sqlite file); a server chooses its own. `invocation` holds the
     settings of the parent run, `command` among them if known; `objectives` the metrics of each phase that decide its rank.
     `measured` are the names, by phase, of all that is measured: with the objectives they make the phase's leaderboard in MLflow.
-    `designs` is the JSON, by phase, of what will be tested: it stands in the parent run before the first trial does.
+    `designs` is the JSON, by phase, of what will be tested, and `question` that of what the study as a whole answers: both stand in the
+    parent run before the first trial does.
     `study_id` tells this study from others of its name: ValueError is raised if the experiment holds one of those.
     """
 
@@ -112,6 +116,7 @@ class MlflowTracker:
         objectives: Mapping[str, Sequence[Metric]],
         measured: Mapping[str, Collection[str]] | None = None,
         designs: Mapping[str, Any] | None = None,
+        question: Mapping[str, Any] | None = None,
     ):
         self.uri = uri
         self.study_name = study_name
@@ -132,6 +137,9 @@ class MlflowTracker:
         if designs:
             self._client.log_text(self.parent_run_id, json.dumps(designs, indent=1), DESIGNS_FILE)
             self._client.set_tag(self.parent_run_id, DESIGNS_TAG, ", ".join(designs))
+        if question:
+            self._client.log_text(self.parent_run_id, json.dumps(question, indent=1), QUESTION_FILE)
+            self._client.set_tag(self.parent_run_id, QUESTION_TAG, question["kind"])
         self._open: dict[str, _OpenRun] = {}
         self._highest: dict[str, int] = {}
 
@@ -504,6 +512,16 @@ def read_study(uri: str, study_name: str) -> StudyRuns:
     runs = sorted(search_runs(client, [experiment.experiment_id]), key=lambda run: run.info.start_time)
     parents, trials = (tuple(run for run in runs if run.data.tags.get("kind") == kind) for kind in ("invocation", "trial"))
     return StudyRuns(uri=uri, study_name=study_name, client=client, parents=parents, trials=trials)
+
+
+def read_candidates(runs: StudyRuns, digests: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The candidates of a study's runs as they were recorded, by the digest of their model, for those of `digests` that are there."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs.trials:
+        digest = run.data.tags["digest"]
+        if digest in digests and digest not in found and (text := read_artifact(runs.client, run, CANDIDATE_FILE)):
+            found[digest] = json.loads(text)
+    return found
 
 
 def find_candidate(uri: str, digest: str) -> dict[str, Any] | None:

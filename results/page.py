@@ -78,7 +78,7 @@ def render(report: StudyReport) -> str:
     effects = "".join(_effects(one) for one in report.effects)
     if report.effects_failure:
         effects += f"<p>{escape(report.effects_failure)}.</p>"
-    body = f"<dl>{provenance}</dl>{effects}{sections}"
+    body = f"<dl>{provenance}</dl>{_answer(report)}{effects}{sections}"
     return web.page(f"{results.provenance.study_name}: leaderboard", body, style=STYLE, script=SCRIPT)
 
 
@@ -95,6 +95,14 @@ def _section(results: StudyResults, phase: str, row: list[Panel]) -> str:
     if text := _agreement(results, phase):
         parts.append(f"<h3>What the expensive scores add</h3>{text}")
     return "".join(parts)
+
+
+def _answer(report: StudyReport) -> str:
+    if report.answer is None:
+        return f"<p>{escape(report.answer_failure)}</p>" if report.answer_failure else ""
+    title = escape(report.answer.title)
+    chart = web.charts([web.chart(report.answer.figure, "")], web.legend(report.answer.legend)) if report.answer.figure else ""
+    return f'<h2>{title}</h2>{chart}<div class="scroll"><pre>{escape(report.answer.text)}</pre></div>'
 
 
 def _effects(effects: Effects) -> str:

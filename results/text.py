@@ -46,6 +46,15 @@ def print_results(report: StudyReport, top: int, place: str = "", *, width: int 
         print(effects_summary(effects, command, width=sys.maxsize if wide else width))
     if report.effects_failure:
         print(_wrapped(report.effects_failure, width))
+    print_answer(report)
+
+
+def print_answer(report: StudyReport) -> None:
+    """Print what the study answers, or why it cannot yet; nothing for a study without a question."""
+    if report.answer:
+        print(f"{report.answer.title}\n\n{report.answer.text}\n")
+    elif report.answer_failure:
+        print(report.answer_failure)
 
 
 def text_table(results: StudyResults, phase: str, top: int, command: str, width: int) -> str:
@@ -142,5 +151,7 @@ def markdown(report: StudyReport, top: int = 5) -> str:
         blocks += [f"### effects: {effects.phase}", effects.registration + ".", effects_markdown(effects)]
     if report.effects_failure:
         blocks.append(report.effects_failure)
+    if report.answer:
+        blocks.insert(1, f"### {report.answer.title}\n\n```\n{report.answer.text}\n```")
     provenance = [f"- {title}: {text}" for title, text in results.provenance.lines() if title not in ("study", "store")]
     return "\n\n".join([*blocks, "\n".join(provenance), "The whole table: `leaderboard.csv`, `leaderboard.html` among the artifacts."])

@@ -85,6 +85,7 @@ def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Name
     parser.add_argument(
         "--processes", type=positive_int, default=1, metavar="N", help="processes that train one network together, --gpus each"
     )
+    parser.add_argument("--json", action="store_true", help="the last line of output is the result as one JSON object")
     parser.add_argument("--fresh", action="store_true", help="set the old study aside under a dated name and begin anew")
     options = studies.get(study).options
     _add_options(parser, options)

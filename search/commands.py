@@ -251,6 +251,7 @@ def run_a_study(study: str, argv: list[str]) -> int:
             max_workers=args.workers,
             ray_address=ray_address(args.ray_address),
             command=_command(),
+            as_json=args.json,
             interruption=interruption,
             place=place_flags(settings.runs, settings.tracking_uri and without_password(settings.tracking_uri), os.environ),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ from results.columns import terminal_width
 from results.mlflow_store import MlflowTracker, check_tracking
 from results.mlflow_views import how_to_browse
 from results.paths import RunPaths, journal_lock, without_password
-from results.text import print_results
+from results.text import print_answer, print_results
 from search.archiving import Archiving
 from search.interruption import Interruption
 from search.lock import Hold, Lease, LockFile, StudyIsDriven
@@ -53,8 +54,11 @@ def run_study(
     command: str,
     interruption: Interruption,
     place: str = "",
+    as_json: bool = False,
 ) -> None:
-    """Run or resume the study to its end and print its leaderboard; `place` are the flags by which other commands find it.
+    """Run or resume the study to its end, and print the answer to its question if it has one, else its leaderboard.
+
+    `place` are the flags by which other commands find it. With `as_json` the last line of output is the result as JSON.
 
     Raises ValueError, before any work, for whatever a user can have got wrong; PhaseStopped when the work itself cannot
     go on. However it ends, what was measured is kept.
@@ -81,6 +85,7 @@ def run_study(
                 objectives={phase.name: list(phase.goals) for phase in plan.study.phases},
                 measured={phase.name: list(phase.metrics) for phase in plan.study.phases},
                 designs=plan.designs(),
+                question=plan.study.question.to_json() if plan.study.question else None,
             )
         try:
             with _open_pool(plan, max_workers, ray_address, progress) as pool:
@@ -94,10 +99,15 @@ def run_study(
         with progress.waiting("closing the study in MLflow, with its leaderboard as table, page and figures"):
             tracker.close("FINISHED")
             results = attach_leaderboard(tracker)
-    print_results(results, LEADERBOARD_ROWS, place, width=terminal_width())
+    if results.answer:
+        print_answer(results)
+    else:
+        print_results(results, LEADERBOARD_ROWS, place, width=terminal_width())
     print(f"all of it: python -m results.leaderboard {settings.study_name}{place}")
     for line in how_to_browse(plan.tracking_uri, tracker.view_addresses):
         print(line)
+    if as_json:
+        print(json.dumps(results.summary))
 
 
 def _shown_settings(settings: RunSettings) -> dict[str, str]:

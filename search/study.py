@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from results.answers import Question
 from results.records import Metric
 from search.budget import UNLIMITED, Budget
 from search.strategy import Problem, Proposer, strategies
@@ -204,11 +205,12 @@ class Study:
     """Phases in the order they run; a phase may read what earlier ones found.
 
     `designs` says, by phase, which contrasts of its cells are tested: told and stored before the first trial, reported at the end.
-    `notes` are told the user before the run.
+    `question` is what the study as a whole answers at its end. `notes` are told the user before the run.
     """
 
     phases: tuple[Phase, ...]
     designs: Mapping[str, Design] = field(default_factory=dict)
+    question: Question | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

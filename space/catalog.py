@@ -27,6 +27,11 @@ def spaces() -> dict[str, Callable[..., SearchSpace]]:
     return {name: make for family in families.names() for name, make in families.get(family).spaces.items()}
 
 
+def tables() -> dict[str, Callable[..., Model]]:
+    """The readers of architectures in published tables, of all families by name (`Family.tables`)."""
+    return {name: read for family in families.names() for name, read in families.get(family).tables.items()}
+
+
 def resolve(text: str) -> Model:
     """The model that `text` names.
 

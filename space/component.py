@@ -19,6 +19,7 @@ methods, with these signatures:
     folds(shape, **choices) -> dict[str, Folds]      by name, its tensors with a dimension folded from several sizes
     places(depth) -> Sequence[int]                   of a token reduction: the blocks where its paper has it; without it, all
     merged_cost(shape, merged, **choices) -> Cost    of a mixer that takes `between`: its whole cost if it then attends in `merged`
+    linear_maps(shape, **choices) -> LinearMaps      of a mixer or a feed-forward: its weight matrices, for scores in closed form
 
 A token reduction may merge tokens, so that one stands for several. Those that declare `takes_sizes` are given and give back
 `Tokens`, which hold the sizes; mixers and poolings that declare it take `sizes=(B, N)` and treat a token of size s as s equal
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Scalar = bool | int | float | str
+LinearMaps = tuple[tuple[int, int, int], ...]
+"""Weight matrices as (inputs, outputs, how many of them); a projection to several heads counts head by head."""
 REQUIRED: Any = object()
 
 KINDS = (

@@ -31,7 +31,8 @@ class Family:
 
     `read` makes the model of what a user types after `FAMILY:`; it raises SpecError saying what is allowed. `explain` says in
     lines of at most 80 characters what each number of such a string is. `spaces` are functions by the name of the space they make; they
-    take the keywords `img_size` and `num_classes`.
+    take the keywords `img_size` and `num_classes`. `tables` are readers of architectures as
+    published tables write them: a JSON object and those keywords to a model; they raise SpecError saying what is wrong.
     """
 
     models: Mapping[str, NamedModel] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class Family:
     read: Callable[[str], Model] | None = None
     explain: Callable[[str], Sequence[str]] | None = None
     spaces: Mapping[str, Callable[..., SearchSpace]] = field(default_factory=dict)
+    tables: Mapping[str, Callable[..., Model]] = field(default_factory=dict)
 
 
 families: Registry[Family] = Registry("family", package="space.families")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from space.component import AttentionTap, BlockForm, Cost, ImageShape, TokenShape, components, declaration
+from space.component import AttentionTap, BlockForm, Cost, ImageShape, LinearMaps, TokenShape, components, declaration
 from space.registry import SpecError
 from space.spec import ArchSpec, BlockSpec, Component, full_choices
 
@@ -59,6 +59,18 @@ class Group:
     output_shape: TokenShape
     cost: Cost
     form: BlockForm | None = None
+
+    @cached_property
+    def linear_maps(self) -> LinearMaps:
+        """The weight matrices of the mixers and feed-forwards in it; raises SpecError for one that declares none."""
+        maps: list[tuple[int, int, int]] = []
+        for part in self.parts:
+            if part.kind in ("mixer", "feed_forward"):
+                declared = getattr(part.module_class, "linear_maps", None)
+                if declared is None:
+                    raise SpecError(f"{part.kind} {part.component.name!r} declares no linear maps")
+                maps += declared(part.shape, **part.arguments)
+        return tuple(maps)
 
 
 def layout(spec: ArchSpec) -> tuple[Part, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from space.component import POSITIVE, AttentionColumns, AttentionTap, Choice, Cost, Folds, TokenShape, component
+from space.component import POSITIVE, AttentionColumns, AttentionTap, Choice, Cost, Folds, LinearMaps, TokenShape, component
 from space.registry import SpecError
 from space.spec import Component
 
@@ -45,6 +45,10 @@ class Attention(nn.Module):
     @staticmethod
     def folds(shape: TokenShape, *, num_heads: int, head_dim: int, qkv_bias: bool) -> dict[str, Folds]:
         return attention_folds(shape, num_heads, head_dim, qkv_bias)
+
+    @staticmethod
+    def linear_maps(shape: TokenShape, *, num_heads: int, head_dim: int, qkv_bias: bool) -> LinearMaps:
+        return attention_maps(shape, num_heads, head_dim)
 
     @staticmethod
     def tap_cost(shape: TokenShape, tap: AttentionTap, *, num_heads: int, head_dim: int, qkv_bias: bool) -> Cost:
@@ -136,6 +140,10 @@ class WindowAttention(nn.Module):
     def folds(shape: TokenShape, *, num_heads: int, head_dim: int, qkv_bias: bool, splits: int) -> dict[str, Folds]:
         return attention_folds(shape, num_heads, head_dim, qkv_bias)
 
+    @staticmethod
+    def linear_maps(shape: TokenShape, *, num_heads: int, head_dim: int, qkv_bias: bool, splits: int) -> LinearMaps:
+        return attention_maps(shape, num_heads, head_dim)
+
     def forward(self, x: Tensor) -> Tensor:
         windows = to_windows(x, self.grid, self.splits)
         q, k, v = split_heads(self.qkv(windows), self.num_heads)
@@ -156,6 +164,11 @@ def attention_folds(shape: TokenShape, num_heads: int, head_dim: int, qkv_bias: 
     heads = (num_heads, head_dim)
     bias = {"qkv.bias": ((3, *heads),)} if qkv_bias else {}
     return {"qkv.weight": ((3, *heads), (shape.dim,)), **bias, "proj.weight": ((shape.dim,), heads)}
+
+
+def attention_maps(shape: TokenShape, num_heads: int, head_dim: int) -> LinearMaps:
+    """Queries, keys and values of every head, and the projection of all heads."""
+    return ((shape.dim, head_dim, 3 * num_heads), (num_heads * head_dim, shape.dim, 1))
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from space.component import POSITIVE, Choice, Cost, TokenShape, component
+from space.component import POSITIVE, Choice, Cost, LinearMaps, TokenShape, component
 
 
 @component("feed_forward", "mlp", choices={"hidden_dim": Choice(offered=(64, 128, 256, 384, 512, 768, 1536, 3072), allowed=POSITIVE)})
@@ -23,6 +23,10 @@ class FeedForward(nn.Module):
     @staticmethod
     def cost(shape: TokenShape, *, hidden_dim: int) -> Cost:
         return Cost.linear(shape.num_tokens, shape.dim, hidden_dim) + Cost.linear(shape.num_tokens, hidden_dim, shape.dim)
+
+    @staticmethod
+    def linear_maps(shape: TokenShape, *, hidden_dim: int) -> LinearMaps:
+        return ((shape.dim, hidden_dim, 1), (hidden_dim, shape.dim, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(x)

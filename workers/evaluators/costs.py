@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from results.records import Metric
@@ -25,6 +26,24 @@ def cost(model: Model, context: Context, settings: NoSettings) -> Mapping[str, f
     """Parameters, MACs and depth by exact arithmetic, without building the network."""
     counted = counts(model)
     return {"params_m": counted.params / 1e6, "gmacs": counted.macs / 1e9, "depth": depth_of(model)}
+
+
+@evaluator(
+    "shape",
+    metrics=(
+        Metric("width", "maximize", "channels of a token, mean over the blocks"),
+        Metric("kernel_product", "maximize", "product of the kernels between the stages, K2 K3 K4 of As-ViT; 1 without any"),
+    ),
+    subject="proxy",
+    is_free=True,
+    memory_mb=0,
+)
+def shape(model: Model, context: Context, settings: NoSettings) -> Mapping[str, float]:
+    """Width, and the product of the kernels between stages: what As-ViT's length distortion is mostly made of."""
+    stages = require_arch(model, "shape").stages
+    widths = [stage.embed_dim for stage in stages for _ in stage.blocks]
+    kernels = [stage.downsampling.choices.get("kernel", 1) for stage in stages if stage.downsampling]
+    return {"width": sum(widths) / len(widths), "kernel_product": math.prod(map(int, kernels))}
 
 
 @evaluator(

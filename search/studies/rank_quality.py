@@ -1,0 +1,158 @@
+"""Rank quality: do training-free scores tell anything beyond the number of parameters, on networks that were really trained?
+
+Every network of a table is scored like any other candidate, a phase for each evaluator, so that a score that fails takes no other with
+it, and a later run with more scores measures only those. The target is not part of the measurements: another one is judged at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from results.answers import Question
+from results.paths import RunPaths
+from results.records import stderr_name
+from search.strategy import Proposer
+from search.study import Options, Phase, RunSettings, SettingsError, Study, study
+from search.trained_table import TrainedNetwork, digest_of_networks, read_table
+from space.model import require_arch, resized
+from space.registry import SpecError, unknown_name
+from space.search_space import Axis, Candidate, SearchSpace
+from workers.evaluate import subject_of
+from workers.evaluator import Call, Context, evaluators
+
+ALIASES = {"params": "params_m", "macs": "gmacs"}
+BASELINES = ("params", "macs", "depth", "width")
+ALL = "all"
+ROW = "row"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankQualityOptions(Options):
+    """Which networks, what was measured on them, and the scores that are judged."""
+
+    table: str = field(default="", metadata={"help": "a JSONL file of trained networks, or study:NAME for those of a study"})
+    target: str = field(default="", metadata={"help": "what was measured, e.g. c100_kd_acc, or a metric of the study"})
+    scores: str = field(
+        default=f"{','.join(BASELINES)},nsc", metadata={"help": "names separated by commas, or all: every score that needs no training"}
+    )
+    family: str = field(default="autoformer", metadata={"help": "what reads the architectures of the table"})
+
+
+@study("rank_quality", options=RankQualityOptions)
+def rank_quality(run: RunSettings) -> Study:
+    """Judge training-free scores on a table of trained networks: do they rank better than counting parameters?"""
+    options: RankQualityOptions = run.options
+    _refuse_flags_without_meaning(run)
+    for name in ("table", "target"):
+        if not getattr(options, name):
+            raise SettingsError(f"--{name} is missing: {RankQualityOptions.__dataclass_fields__[name].metadata['help']}")
+    networks = read_table(
+        options.table,
+        options.target,
+        family=options.family,
+        tracking_uri=run.tracking_uri or RunPaths(run.runs).mlflow_uri,
+        img_size=run.img_size,
+        num_classes=run.num_classes,
+    )
+    space = table_space(networks, run.proxy_img_size)
+    scores, notes = _chosen(options.scores, run, space.decode({ROW: 0}))
+    phases = [
+        Phase(
+            name=name,
+            space=space,
+            evaluators=(run.call(name),),
+            objectives=tuple(metrics),
+            propose=_grid(len(networks)),
+            plan=f"{len(networks)} networks of the table, each scored once",
+        )
+        for name, metrics in scores.items()
+    ]
+    measured = [metric for metrics in scores.values() for metric in metrics]
+    named = {alias: metric for alias, metric in ALIASES.items() if metric in measured}
+    question = Question(
+        kind="rank_quality",
+        parameters={
+            "target": options.target,
+            "networks": [{"digest": network.model.digest, "target": network.target} for network in networks],
+            "scores": named | {metric: metric for metric in measured if metric not in named.values()},
+        },
+    )
+    return Study(phases=tuple(phases), notes=tuple(notes), question=question)
+
+
+def _refuse_flags_without_meaning(run: RunSettings) -> None:
+    for name, flag in (("num_trials", "--trials"), ("strategy", "--strategy")):
+        if getattr(run, name) is not None:
+            raise SettingsError(f"{flag} means nothing here: every network of the table is scored")
+    if not run.budget.is_empty:
+        raise SettingsError(f"{run.budget} means nothing here: every network of the table is scored")
+
+
+def table_space(networks: tuple[TrainedNetwork, ...], proxy_img_size: int | None) -> SearchSpace:
+    """One axis, the row of the table; the networks are scored at `proxy_img_size` pixels where one is given."""
+
+    def decode(params: Mapping[str, Any]) -> Candidate:
+        network = networks[params[ROW]]
+        proxy = None
+        if proxy_img_size is not None and proxy_img_size != network.model.img_size:
+            proxy = resized(require_arch(network.model, "--proxy-img-size"), img_size=proxy_img_size)
+        return Candidate(model=network.model, proxy=proxy, label=network.id)
+
+    return SearchSpace(name=f"trained/{digest_of_networks(networks)}", axes=(Axis(name=ROW, choices=range(len(networks))),), decode=decode)
+
+
+def _chosen(text: str, run: RunSettings, first: Candidate) -> tuple[dict[str, list[str]], list[str]]:
+    """The metrics to judge by the evaluator that measures them, and what is left out of `all`, with the reason.
+
+    The costs are always measured: size is what scores are compared at.
+    """
+    offered = _offered()
+    wanted = [ALIASES.get(name.strip(), name.strip()) for name in text.split(",")]
+    takes_all = wanted == [ALL]
+    scores: dict[str, list[str]] = {"cost": ["params_m", "gmacs"]}
+    notes = []
+    for name in offered if takes_all else wanted:
+        if name not in offered:
+            raise unknown_name("score", name, [*ALIASES, *offered], "--scores")
+        evaluator = offered[name]
+        if reason := _why_not(run.call(evaluator), first):
+            if not takes_all:
+                raise SettingsError(f"--scores {name}: {reason}")
+            notes.append(f"left out: {name} ({reason})")
+        elif name not in scores.setdefault(evaluator, []):
+            scores[evaluator].append(name)
+    return scores, notes
+
+
+def _offered() -> dict[str, str]:
+    """Every score that needs no training, and the evaluator that measures it."""
+    offered: dict[str, str] = {}
+    for name in evaluators.names():
+        declared = evaluators.get(name)
+        if declared.subject == "proxy" or name == "cost":
+            names = {metric.name for metric in declared.metrics}
+            offered |= {metric: name for metric in names if not any(metric == stderr_name(other) for other in names)}
+    return {metric: offered[metric] for metric in sorted(offered, key=lambda metric: (offered[metric] != "cost", offered[metric], metric))}
+
+
+def _why_not(call: Call, first: Candidate) -> str:
+    """Why the first network of the table cannot have the score; empty if it can, or if only a measurement would tell."""
+    network = subject_of(call, first)
+    try:
+        call.evaluator.check(network, None, call.settings)
+        if call.evaluator.is_free:
+            call.evaluator.function(network, Context(seed=0), call.settings)
+    except SpecError as error:
+        return str(error)
+    return ""
+
+
+def _grid(num_networks: int):
+    def propose(phases: Mapping[str, Any]) -> Proposer:
+        from search.strategies.grid import Grid
+
+        return Grid([{ROW: row} for row in range(num_networks)])
+
+    return propose
