@@ -10,7 +10,7 @@ import numpy as np
 def nonlinear_rank_aggregation(scores: Mapping[str, Sequence[float]]) -> np.ndarray:
     """The sum over scores of ln(rank / m) of each of m networks, `(m,)`; larger is better, 0 for a network that is best in all of them.
 
-    Lee and Ham, "AZ-NAS", CVPR 2024, https://arxiv.org/abs/2403.19232, eq. 9: the logarithm punishes a network that is poor in one score
+    Lee and Ham, "AZ-NAS", CVPR 2024, https://arxiv.org/abs/2403.19232: the logarithm punishes a network that is poor in one score
     more than it rewards one that is good in another. The rank of the largest value is m; equal values share their mean rank. A score of
     which less is better is given with its sign turned. AZ-NAS aggregates az_expressivity, az_progressivity, az_trainability and gmacs,
     of which more is better within a budget.

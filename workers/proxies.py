@@ -111,10 +111,13 @@ def repeatable(device: str) -> Iterator[None]:
         yield
 
 
-def in_chunks(network: nn.Module, *batch: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The batch `(B, ...)` in parts that fit the memory, images first; whole if the network normalises over the batch."""
+def in_chunks(network: nn.Module, *batch: Tensor, num_graphs: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    """The batch `(B, ...)` in parts that fit the memory, images first; whole if the network normalises over the batch.
+
+    Parts are smaller where a score holds more than one graph of the forward pass.
+    """
     over_batch = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
-    size = len(batch[0]) if over_batch else max(1, CHUNK_PIXELS // batch[0][0, 0].numel())
+    size = len(batch[0]) if over_batch else max(1, CHUNK_PIXELS // (num_graphs * batch[0][0, 0].numel()))
     yield from zip(*(part.split(size) for part in batch), strict=True)
 
 

@@ -1,6 +1,6 @@
 """What the training-free scores cost beside one forward and backward pass of their batch, side by side, one thread.
 
-    python tests/benchmarks/bench_proxies.py [--model deit_tiny] [--img-size 224] [--batch-size 16] [--rounds 5]
+    python tests/benchmarks/bench_proxies.py [--model deit_tiny] [--img-size 224] [--batch-size 64] [--rounds 3]
 
 Every round times the pass and then each evaluator as a trial calls it, its network and its images included, so that all meet the same load
 of the machine; a ratio is the median over rounds of the evaluator's time to that of the pass in its round. The pass is the mean
@@ -62,8 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_tiny", help="a name or NOTATION that the command line takes")
     parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,31 +1,33 @@
 """MeCo, W-PCA and head confidence: scores of one forward pass. Each is defined for other networks, so each is an evaluator of its own.
 
-MeCo: Jiang et al., "MeCo: Zero-Shot NAS with One Data and Single Forward Pass via Minimum Eigenvalue of Correlation", NeurIPS 2023,
-https://openreview.net/forum?id=KFm2lZiI7n, eq. 5. For one Gaussian image, with P_l the Pearson correlations of the channels of what layer l
-(`workers.proxies.weighted_layers`) puts out, over its positions, pixels or tokens,
+MeCo: Jiang et al., "MeCo: Zero-Shot NAS with One Data and Single Forward Pass via Minimum Eigenvalue of Correlation", NeurIPS 2023. For
+one Gaussian image, with P_l the Pearson correlations of the channels of what layer l (`workers.proxies`) puts out, over its positions,
+pixels or tokens,
 
     meco = sum_l smallest eigenvalue of P_l
 
-A layer of one position has no correlations, and one whose P_l is singular counts 0: at least as many channels as positions, or more outputs
-than inputs. That is most layers of a transformer, for which the paper makes no claim. A constant channel is left out. Unsure: the
-authors' code also hooks the modules that contain others, and takes the tokens of a transformer for its channels.
+Where P_l is singular the layer counts 0: it has as many channels as positions, or more outputs than inputs. A constant channel is left
+out. Undefined where all layers count 0.
+
+Unsure: most layers of a transformer count 0, and the paper makes no claim for transformers. The authors' code also looks at modules that
+contain others, and would take the tokens of a transformer for its channels.
 
 W-PCA: Wang, "W-PCA Based Gradient-Free Proxy for Efficient Search of Lightweight Language Models", ICLR 2025,
-https://arxiv.org/abs/2504.15983. With k_l the least number of principal components of the inputs of the activation in the feed-forward of
-block l, over all tokens of all images, that hold more than a share of their variance,
+https://arxiv.org/abs/2504.15983. With k_l the least number of principal components, over all tokens of all images, that hold more than a
+share of the variance of what the first linear layer of the feed-forward of block l puts out,
 
     w_pca = (number of parameters) sum_l k_l
 
-Undefined for networks without blocks that hold a linear layer outside their attention. Unsure of the share: 0.9 is that of the authors' code
-for MobileBERT.
+Undefined for networks without blocks that hold a linear layer outside their attention. Unsure of the share: 0.9 is that of the authors'
+code for MobileBERT.
 
-Head confidence: Voita et al. 2019, https://arxiv.org/abs/1905.09418, section 4, of a head: the mean of its largest attention weight; as a score
-of networks Serianni and Kalita 2023, https://arxiv.org/abs/2306.00288. With A_l the attention maps of layer l after the softmax,
+Head confidence: Voita et al. 2019, https://arxiv.org/abs/1905.09418, of a head: the mean of its largest attention weight; as a score of
+networks Serianni and Kalita 2023, https://arxiv.org/abs/2306.00288. With A_l the attention maps of layer l after the softmax,
 
     head_confidence = sum_l mean over images, heads and queries i of  max_j A_l(i, j)
 
-Undefined for networks whose attention, if they have any, is not PyTorch's `scaled_dot_product_attention`. Unsure: of how the heads of a network
-are combined we know no formula for vision; mean over heads and sum over layers is ours. Divide by the depth for the mean.
+Undefined for networks that do not call PyTorch's `scaled_dot_product_attention`. Unsure: how the heads of a network are combined; the mean
+over heads and the sum over layers are our reading. Divided by the depth it is the mean.
 """
 
 from __future__ import annotations

@@ -1,31 +1,35 @@
 """AZ-NAS: expressivity, progressivity and trainability of an untrained network, from Gaussian images.
 
-Lee and Ham, "AZ-NAS: Assembling Zero-Cost Proxies for Network Architecture Search", CVPR 2024, https://arxiv.org/abs/2403.19232, section 3.
-f_1, ..., f_2L are the tokens after each residual sum: after the mixer and after the feed-forward of each of the L blocks, as in the authors'
-code for AutoFormer. With p the eigenvalues, scaled to the sum 1, of the covariance of the channels of f_l over all tokens of all images, and
-with g_l a draw of random signs, g'_l its product with the Jacobian of f_l by f_{l-1}, s_l the largest singular value of the mean over
-all tokens of the matrix g'_l g_l',
+Lee and Ham, "AZ-NAS: Assembling Zero-Cost Proxies for Network Architecture Search", CVPR 2024, https://arxiv.org/abs/2403.19232.
+f_1, ..., f_2L are the tokens after each residual sum: after the mixer and after the feed-forward of each of the L blocks, as in the
+authors' code for AutoFormer. With p the eigenvalues, scaled to the sum 1, of the covariance of the channels of f_l over all tokens of
+all images; with g_l a draw of random signs, g'_l its product with the Jacobian of f_l by f_{l-1}, and s_l the largest singular value of
+the mean over all tokens of the outer product of g'_l and g_l,
 
-    e_l                  -sum_i p_i ln p_i                      eq. 3
-    az_expressivity      sum_l e_l                              eq. 4
-    az_progressivity     min_l e_l - e_{l-1}                    eq. 5
-    az_trainability      mean_l -s_l - 1 / s_l + 2              eq. 6 to 8; 0, the best, where s_l is 1
+    e_l                  -sum_i p_i ln p_i
+    az_expressivity      sum_l e_l
+    az_progressivity     min_l e_l - e_{l-1}
+    az_trainability      mean_l -s_l - 1 / s_l + 2              at most 0, where s_l is 1
 
 The fourth, complexity, is the number of multiply-adds: metric gmacs of evaluator cost. `results.rank_aggregation` combines the four.
 
 They are undefined for networks that name no blocks, whose blocks do not map tokens `(B, N, C)` to as many tokens, or that have a single
-block. Departures: where a downsampling lies between two blocks, f_{l-1} is the input of the second block (the paper folds pixels into
-channels); for blocks without a `norm2`, whose inner sum cannot be seen, f_l are the outputs of the blocks alone. The authors leave
-progressivity out for AutoFormer, whose width is constant; it is measured here all the same.
+block.
+
+Departures: where a downsampling lies between two blocks, f_{l-1} is the input of the second block (the paper folds pixels into channels).
+For blocks without a `norm2`, whose inner sum cannot be seen, f_l are the outputs of the blocks alone. The authors leave progressivity
+out for AutoFormer, whose width is constant; it is measured here all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from results.records import Metric
 from space.model import Model
@@ -65,7 +69,7 @@ class _Watch:
     trainabilities: list[float] = field(default_factory=list)
     _sums: list[Tensor] = field(default_factory=list)
 
-    def over(self, block: nn.Module):
+    def over(self, block: nn.Module) -> Iterator[RemovableHandle]:
         yield block.register_forward_pre_hook(self._begin)
         if (norm := getattr(block, "norm2", None)) is not None:
             yield norm.register_forward_pre_hook(lambda _, inputs: self._sums.append(inputs[0]))
@@ -81,7 +85,7 @@ class _Watch:
         if not isinstance(output, Tensor) or any(tokens.ndim != 3 or tokens.shape != output.shape for tokens in self._sums):
             shapes = ", ".join(str(tuple(tokens.shape)) for tokens in self._sums)
             raise SpecError(f"az_nas takes blocks, ours or timm's, that map tokens (B, N, C) to as many; one of this network has {shapes}")
-        for before, after in zip(self._sums, self._sums[1:], strict=False):
+        for before, after in pairwise(self._sums):
             # The paper measures from one sum to the next, and before the first there is none.
             if self.entropies:
                 self.trainabilities.append(self._trainability(before, after))

@@ -1,24 +1,26 @@
 """ZiCo and L-SWAG: how much the gradients of untrained weights vary from batch to batch.
 
-ZiCo: Li et al., "ZiCo: Zero-shot NAS via Inverse Coefficient of Variation on Gradients", ICLR 2023, https://arxiv.org/abs/2301.11300, eq. 15.
+ZiCo: Li et al., "ZiCo: Zero-shot NAS via Inverse Coefficient of Variation on Gradients", ICLR 2023, https://arxiv.org/abs/2301.11300.
 With g_w the gradient of a batch's mean cross-entropy, E and Var over the batches, and l over the layers of `workers.proxies`,
 
     zico = sum_l ln sum_{w in l} E|g_w| / sqrt(Var|g_w|)
 
-L-SWAG: Casarin et al., "L-SWAG: Layer-Sample Wise Activation with Gradients information for Zero-Shot NAS on Vision Transformers", CVPR 2025,
-https://arxiv.org/abs/2505.07300. With S_m the signs that the outputs of activation m have over the images of one batch, a string of B bits
-for each output,
+L-SWAG: Casarin et al., "L-SWAG: Layer-Sample Wise Activation with Gradients information for Zero-Shot NAS on Vision Transformers",
+CVPR 2025, https://arxiv.org/abs/2505.07300. With S_m the signs that the outputs of activation m have over the images of one batch, a
+string of B bits for each output,
 
     l_swag = (sum_l ln sum_{w in l} 1 / sqrt(Var|g_w|)) (sum_m number of different strings in S_m)
 
 A weight whose gradient does not vary is left out, as in ZiCo's code, and so is a layer of nothing else.
 
-Both are undefined for fewer than two batches, and L-SWAG for networks without modules of ReLU, GELU or SiLU. Unsure of ZiCo: its code takes
-the variance of g_w instead of |g_w| and does not reset gradients between batches; this follows the equation. The variance is that of the
-batches at hand, with two of them |a - b| / 2, so a few weights with nearly equal gradients dominate a layer. Unsure of L-SWAG, which has
-no public code, and which we know from summaries of the paper: whether the second sum runs over activations as here, and whether batches or
-images are the samples of Var. The paper sums over an interval of layers that it finds for each search space from 1,000 random networks;
-`first_share` and `last_share` name the interval as shares of the depth, and by default it is the whole network.
+Both are undefined for fewer than two batches and for networks without modules of ReLU, GELU or SiLU, which L-SWAG reads.
+
+Unsure of ZiCo: its code takes the variance of g_w instead of |g_w| and does not reset gradients between batches; this follows the
+equation. With two batches the deviation is ||a| - |b|| / 2, so a few weights with nearly equal gradients dominate their layer.
+
+Unsure of L-SWAG: it has no public code, and we know the paper from summaries. They do not say whether batches or images are the samples
+of Var, nor how strings of different activations are added up. The paper sums over an interval of layers, which it finds for each search
+space from 1,000 random networks. `first_share` and `last_share` set an interval as shares of the depth; the default is all layers.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def gradient_variance_scores(
     per_batch += [_absolute_gradients(network, batch) for batch in batches[1:]]
     zico, inverse = [], []
     for of_layer in zip(*per_batch, strict=True):
-        # Not torch.std_mean, which takes five times as long over so few values.
+        # Not torch.std_mean, which takes thirty times as long over so few values.
         mean = sum(of_layer[1:], start=of_layer[0]) / len(of_layer)
         spread = (sum((value - mean).square() for value in of_layer) / len(of_layer)).sqrt()
         one_over_spread = torch.where(spread > 0, 1 / spread, 0)
@@ -110,7 +112,7 @@ class SignPatterns:
 
 
 def _num_distinct(words: list[Tensor]) -> int:
-    # Sorting integers is ten times as fast as sorting columns.
+    # Sorting integers takes a thirtieth of the time of sorting columns.
     return len(words[0].unique()) if len(words) == 1 else torch.stack(words).unique(dim=1).shape[1]
 
 

@@ -1,24 +1,25 @@
 """SynFlow and DSS: two scores of the weights alone, by one image of ones through the network of their absolute values.
 
 SynFlow: Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow", NeurIPS 2020,
-https://arxiv.org/abs/2006.05467, eq. 1 and 2; as a score of networks Abdelfattah et al. 2021, https://arxiv.org/abs/2101.08134. With R the
-sum of the logits of an image of ones, all parameters replaced by their absolute values and all norms by the identity,
+https://arxiv.org/abs/2006.05467; as a score of networks Abdelfattah et al. 2021, https://arxiv.org/abs/2101.08134. With R the sum of the
+logits of an image of ones, all parameters replaced by their absolute values and all norms by the identity,
 
-    synflow = ln sum_w |w dR/dw|                          w over the weights of `workers.proxies.weighted_layers`
+    synflow = ln sum_w |w dR/dw|                w over the weights of the layers of `workers.proxies`
 
 Without norms the sum leaves the range of float32, so it is taken in float64 and its logarithm is reported, which ranks alike.
 
-DSS: Zhou et al., "Training-free Transformer Architecture Search", CVPR 2022, https://arxiv.org/abs/2203.12217, section 3. With R as above,
-but norms in place and in float32, over the blocks of the network,
+DSS: Zhou et al., "Training-free Transformer Architecture Search", CVPR 2022, https://arxiv.org/abs/2203.12217. With R as above, but norms
+in place and in float32, over the blocks of the network,
 
     dss = sum over linear layers of attention  |dR/dW|_* |W|_*   +   sum over linear layers of feed-forwards  sum_w |w dR/dw|
 
 where |.|_* is the nuclear norm, the sum of singular values.
 
-SynFlow is undefined where its sum overflows float64; DSS also for networks without blocks that hold attention. Both are conserved or
-derived for networks that are linear in each layer, which attention's softmax and GELU are not. Unsure of DSS: queries, keys and values are
-one matrix here as in the authors' code, while the paper speaks of "linear layers" of attention. That code also counts the classifier, twice,
-which the paper does not mention and this does not do.
+SynFlow is undefined where its sum overflows float64, DSS for networks without blocks that hold attention. The conservation that both
+start from is proved for networks that are linear in each layer; softmax and GELU are not.
+
+Unsure of DSS: queries, keys and values are one matrix here, as in the authors' code, while the paper speaks of the linear layers of
+attention. That code also counts the classifier, twice, which the paper does not mention and this does not do.
 """
 
 from __future__ import annotations
