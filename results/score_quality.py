@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from results.rank_quality import kendall_tau
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -187,7 +189,7 @@ def judge(
     frame = frame.dropna(subset=[target, params, macs])
     if len(frame) < MIN_NETWORKS:
         raise ValueError(f"{len(frame)} networks have {target}; at least {MIN_NETWORKS} are needed to judge a score")
-    if frame[target].nunique() < 2:
+    if len(np.unique(frame[target].to_numpy(float))) < 2:
         raise ValueError(f"{target} is {frame[target].iloc[0]:g} for every network; there is nothing to rank")
     if len(frame) > MAX_NETWORKS:
         frame = frame.sample(MAX_NETWORKS, random_state=seed)
@@ -235,7 +237,7 @@ def _quality(
 ) -> ScoreQuality:
     undefined = Estimate(value=math.nan, low=math.nan, high=math.nan)
     if len(rows) < MIN_NETWORKS:
-        regrets = dict.fromkeys(TOP_K, undefined)
+        regrets: dict[int, Estimate] = dict.fromkeys(TOP_K, undefined)
         return ScoreQuality(
             score=score,
             is_trivial=is_trivial,
@@ -269,10 +271,10 @@ def combine(frame: pd.DataFrame, target: str, scores: Sequence[str], *, seed: in
     of the networks. Both are then judged on the pairs of the held-out tenth. The interval is over networks with these choices as they are.
     """
     rows = frame.dropna(subset=[*scores, target])
-    names = [name for name in scores if rows[name].nunique() > 1]
+    names = [name for name in scores if len(np.unique(rows[name].to_numpy(float))) > 1]
     if len(names) < 2 or len(rows) < 4 * NUM_FOLDS:
         return None
-    from scipy.stats import kendalltau, rankdata
+    from scipy.stats import rankdata
     from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import RepeatedKFold
 
@@ -288,7 +290,7 @@ def combine(frame: pd.DataFrame, target: str, scores: Sequence[str], *, seed: in
         seen = np.sort(values[train], axis=0)
         ranks = np.stack([np.searchsorted(seen[:, i], values[:, i], side="left") for i in range(len(names))], axis=1) / len(train)
         ridge = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(ranks[train], rankdata(measured[train]))
-        best = int(np.nanargmax([kendalltau(values[train, i], measured[train]).statistic for i in range(len(names))]))
+        best = int(np.nanargmax([kendall_tau(values[train, i], measured[train]) for i in range(len(names))]))
         pairs = np.ix_(test, test)
         for name, found in (("combined", ridge.predict(ranks[test])), ("single", values[test, best])):
             agreeing[name][pairs] += signs(found) * truth[pairs]

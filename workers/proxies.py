@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from space.component import Tokens
 from space.model import Model, build_model
 from space.randomness import stream
 from space.registry import SpecError
@@ -143,6 +144,28 @@ def blocks(network: nn.Module, what: str) -> list[nn.Module]:
     if not found:
         raise SpecError(f"{what} looks at residual blocks; this network, ours or timm's, names none")
     return found
+
+
+def tokens_in(carried: Any) -> Any:
+    """The tokens in what a block takes or gives: our blocks carry sizes beside them, timm's carry them alone."""
+    match carried:
+        case Tokens():
+            return carried.x
+        case (Tokens() as tokens, _):
+            return tokens.x
+        case _:
+            return carried
+
+
+def with_tokens(carried: Any, x: Tensor) -> Any:
+    """What a block takes or gives, with other tokens in it."""
+    match carried:
+        case Tokens():
+            return carried._replace(x=x)
+        case (Tokens() as tokens, beside):
+            return tokens._replace(x=x), beside
+        case _:
+            return x
 
 
 def attention_linears(block: nn.Module) -> list[nn.Linear]:

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,17 @@ from results.records import Metric
 from space.model import Model
 from space.registry import SpecError
 from workers.evaluator import Context, EvaluationError, evaluator
-from workers.proxies import BatchSettings, blocks, eigenvalues, gaussian_batch, generator, repeatable, scored_network
+from workers.proxies import (
+    BatchSettings,
+    blocks,
+    eigenvalues,
+    gaussian_batch,
+    generator,
+    repeatable,
+    scored_network,
+    tokens_in,
+    with_tokens,
+)
 
 
 def az_scores(network: nn.Module, images: Tensor, seed: int) -> dict[str, float]:
@@ -75,12 +86,13 @@ class _Watch:
             yield norm.register_forward_pre_hook(lambda _, inputs: self._sums.append(inputs[0]))
         yield block.register_forward_hook(self._end)
 
-    def _begin(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        tokens = inputs[0].detach().requires_grad_()
+    def _begin(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens = tokens_in(inputs[0]).detach().requires_grad_()
         self._sums = [tokens]
-        return (tokens, *inputs[1:])
+        return (with_tokens(inputs[0], tokens), *inputs[1:])
 
-    def _end(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _end(self, block: nn.Module, inputs: tuple[Any, ...], given: Any) -> Any:
+        output = tokens_in(given)
         self._sums.append(output)
         if not isinstance(output, Tensor) or any(tokens.ndim != 3 or tokens.shape != output.shape for tokens in self._sums):
             shapes = ", ".join(str(tuple(tokens.shape)) for tokens in self._sums)
@@ -90,7 +102,7 @@ class _Watch:
             if self.entropies:
                 self.trainabilities.append(self._trainability(before, after))
             self.entropies.append(entropy(after.detach()))
-        return output.detach()
+        return with_tokens(given, output.detach())
 
     def _trainability(self, before: Tensor, after: Tensor) -> float:
         draw = torch.randint(2, after.shape, generator=generator(self.seed, "signs", len(self.entropies)))

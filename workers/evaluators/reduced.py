@@ -10,16 +10,15 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from results.records import Metric
 from space.cost import cost
 from space.model import Model, build_model, require_arch
 from space.recipe import Recipe
 from space.reductions import without_reductions
 from space.registry import SpecError
 from workers.checkpoints import load_model
-from workers.evaluator import ARTIFACTS, Context, EvaluationError, NoSettings, evaluator
-from workers.evaluators.train import PREDICTIONS, WEIGHTS, write_predictions
-from workers.inference import mean_nll, predict, top1_pct
+from workers.evaluator import Context, EvaluationError, NoSettings, evaluator
+from workers.evaluators.accuracy import METRICS, judged
+from workers.evaluators.train import WEIGHTS
 
 TRAINED = "train"
 """The phase whose networks lend their weights."""
@@ -35,11 +34,7 @@ def check(model: Model, recipe: Recipe | None, settings: NoSettings) -> None:
 
 @evaluator(
     "reduced",
-    metrics=(
-        Metric("val_top1_pct", "maximize", "validation accuracy: what a selection may look at"),
-        Metric("test_top1_pct", "maximize", "test accuracy of the same network: what is reported"),
-        Metric("test_nll", "minimize", "test negative log-likelihood, nats"),
-    ),
+    metrics=METRICS,
     check=check,
     uses_data=True,
     needs_dataset=True,
@@ -49,21 +44,9 @@ def reduced(model: Model, context: Context, settings: NoSettings) -> Mapping[str
     """Accuracy of a network with token reductions and the weights of the plain one, without training."""
     check(model, context.recipe, settings)
     assert context.recipe is not None
-    assert context.dataset is not None
-    dataset = context.dataset
     network = build_model(model, seed=0)
     network.load_state_dict(_trained(model, context).state_dict())
-    network.eval().to(context.device)
-    logits, labels = {}, {}
-    for part, indices in (("val", dataset.val), ("test", dataset.test)):
-        logits[part] = predict(network, dataset, indices, device=context.device)
-        labels[part] = dataset.labels[indices]
-    write_predictions(context.workdir / ARTIFACTS / PREDICTIONS, dataset.test, labels["test"], logits["test"])
-    return {
-        "val_top1_pct": top1_pct(logits["val"], labels["val"]),
-        "test_top1_pct": top1_pct(logits["test"], labels["test"]),
-        "test_nll": mean_nll(logits["test"], labels["test"]),
-    }
+    return judged(network, model, context)
 
 
 def _trained(model: Model, context: Context) -> nn.Module:

@@ -205,13 +205,14 @@ def _objective(teacher: Path | None, settings: TrainSettings) -> Objective:
     return Distillation(teacher, weight=settings.distillation_weight, temperature=settings.temperature)
 
 
-def write_predictions(path: Path, ids: np.ndarray, labels: np.ndarray, logits: np.ndarray, losses: Sequence[float]) -> None:
+def write_predictions(path: Path, ids: np.ndarray, labels: np.ndarray, logits: np.ndarray, losses: Sequence[float] | None) -> None:
     """Per-image results `ids (N,)`, `labels (N,)`, `logits (N, K)` float32, and the mean training loss of each epoch, `train_loss (E,)`.
 
-    Every statistic, and whether the training converged, can be taken again from them.
+    Every statistic, and whether the training converged, can be taken again from them. `losses` is None where nothing was trained.
     """
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, ids=ids, labels=labels, logits=logits.astype(np.float32), train_loss=np.asarray(losses, dtype=float))
+    trained = {} if losses is None else {"train_loss": np.asarray(losses, dtype=float)}
+    np.savez_compressed(buffer, ids=ids, labels=labels, logits=logits.astype(np.float32), **trained)
     write_bytes_atomically(path, buffer.getvalue())
 
 
