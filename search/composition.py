@@ -110,7 +110,7 @@ def _targets(texts: Sequence[str], calls: Sequence[Call]) -> dict[str, str]:
 
 
 def _axis(
-    target: str, text: str, arch: ArchSpec | None, parts: Mapping[str, tuple[Part, ...]], calls: Sequence[Call], recipe: MakeRecipe | None
+    target: str, text: str, arch: ArchSpec | None, parts: Mapping[str, Sequence[Part]], calls: Sequence[Call], recipe: MakeRecipe | None
 ) -> Axis:
     where, (head, _, name) = _where(target), target.partition(".")
     if target in KINDS:
@@ -138,10 +138,10 @@ def _axis(
     return axis
 
 
-def _choice_axis(target: str, text: str, arch: ArchSpec, parts: Mapping[str, tuple[Part, ...]]) -> Axis:
+def _choice_axis(target: str, text: str, arch: ArchSpec, parts: Mapping[str, Sequence[Part]]) -> Axis:
     """An axis over one choice: of the components that the axis of their kind lists without it, else of those that are there."""
     where, (kind, _, name) = _where(target), target.partition(".")
-    listed = [part for part in parts.get(kind, tuple(parts_of(arch, kind))) if part is not None]
+    listed = [part for part in parts.get(kind, list(parts_of(arch, kind))) if part is not None]
     without = [part for part in listed if kind not in parts or name not in part.choices]
     declared = {part: choices[name] for part in without if name in (choices := declaration(kind, part.name).choices)}
     if not declared or (kind not in parts and len(declared) < len(listed)):
@@ -159,7 +159,7 @@ def _choice_axis(target: str, text: str, arch: ArchSpec, parts: Mapping[str, tup
     return axis
 
 
-def _needed(arch: ArchSpec, parts: Mapping[str, tuple[Part, ...]], chosen: Mapping[str, str]) -> list[Axis]:
+def _needed(arch: ArchSpec, parts: Mapping[str, Sequence[Part]], chosen: Mapping[str, str]) -> list[Axis]:
     """Axes over the choices that listed components need and nothing gives."""
     needing: dict[tuple[str, str], list[Component]] = {}
     for kind, listed in parts.items():
@@ -202,7 +202,7 @@ def _why_never(space: SearchSpace, axis: Axis, choice: Scalar, calls: Sequence[C
     return reason
 
 
-def _network(arch: ArchSpec, params: Mapping[str, Scalar], parts: Mapping[str, tuple[Part, ...]]) -> ArchSpec:
+def _network(arch: ArchSpec, params: Mapping[str, Scalar], parts: Mapping[str, Sequence[Part]]) -> ArchSpec:
     """The network at a point; raises SpecError if it cannot be built."""
     for target, value in params.items():
         head, _, name = target.partition(".")

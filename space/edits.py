@@ -49,13 +49,13 @@ def edit_from_text(spec: ArchSpec, text: str, where: str) -> tuple[str, ArchSpec
     kind, dot, choice = target.partition(".")
     if dot:
         return target, with_choice(spec, kind, choice, parse_value(value, _type_of(spec, kind, choice, place), place), place)
-    parts = parse_parts(kind, value, place)
-    if len(parts) > 1:
+    part, *others = parse_parts(kind, value, place)
+    if others:
         raise SpecError(f"{place} is {value!r}; one component is expected")
-    return target, with_part(spec, kind, parts[0], place)
+    return target, with_part(spec, kind, part, place)
 
 
-def parse_parts(kind: str, text: str, where: str) -> tuple[Part, ...]:
+def parse_parts(kind: str, text: str, where: str) -> list[Part]:
     """The components of `NAME[,CHOICE=VALUE]...,NAME...`, with the choices that are written; None for `none`."""
     written: list[tuple[str, dict[str, Scalar]]] = []
     for item in (item.strip() for item in text.split(",")):
@@ -73,7 +73,7 @@ def parse_parts(kind: str, text: str, where: str) -> tuple[Part, ...]:
             choices[name] = declared.check(parse_value(value, declared.value_type, f"{place}: {name}"), f"{place}: {name}")
     if (NONE, {}) in written and kind not in OPTIONAL_KINDS:
         raise SpecError(f"{where}: there is always a {kind}; only {', '.join(OPTIONAL_KINDS)} may be {NONE}")
-    return tuple(None if name == NONE else Component(name, **choices) for name, choices in written)
+    return [None if name == NONE else Component(name, **choices) for name, choices in written]
 
 
 def part_text(part: Part) -> str:
@@ -110,9 +110,9 @@ def with_field(spec: ArchSpec, field: str, value: int, where: str) -> ArchSpec:
         raise SpecError(f"{where} is {value}; a whole number above 0 is needed")
     if field not in ("embed_dim", "depth"):
         return replace(spec, **{field: value})
-    if len(spec.stages) > 1:
+    stage, *others = spec.stages
+    if others:
         raise SpecError(f"{where}: the network has {len(spec.stages)} stages of their own {field}; only a network of one stage takes it")
-    (stage,) = spec.stages
     if field == "embed_dim":
         return replace(spec, stages=(replace(stage, embed_dim=value),))
     if len(set(stage.blocks)) > 1:

@@ -62,14 +62,14 @@ def test_every_part_is_written_as_it_is_read(name: str):
     spec = NETWORKS[name]
     for kind in KINDS:
         for part in parts_of(spec, kind):
-            assert parse_parts(kind, part_text(part), "here") == (part,)
+            assert parse_parts(kind, part_text(part), "here") == [part]
         if kind not in BLOCK_KINDS and kind != "downsampling":
             assert edited(spec, f"{kind}={part_text(getattr(spec, kind))}") == spec
 
 
 def test_a_list_of_components_has_choices_behind_their_names():
     parts = parse_parts("pooling", "mean, gem,p=2,learned=false,gem", "here")
-    assert parts == (Component("mean"), Component("gem", p=2.0, learned=False), Component("gem"))
+    assert parts == [Component("mean"), Component("gem", p=2.0, learned=False), Component("gem")]
 
 
 MISTAKES = {

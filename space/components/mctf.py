@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from space.layout import Part
 
 LEAST_TOKENS = 10
+PARTS = ("norm1", "token_reduction", "mixer", "layer_scale1", "norm2", "feed_forward", "layer_scale2")
 
 
 def merge_first(block: Any, tokens: Tokens) -> Tokens:
