@@ -152,7 +152,8 @@ class BlockForm:
 
     `parts` are the names of the block's parts, of norm1, mixer, token_reduction, norm2 and feed_forward, in the order in which the shape
     of the tokens passes through them; what it leaves out is not built. `forward(block, tokens)` gives the tokens after the block; `block`
-    has a module under the name of each part (None where the spec has none) and `drop_path`. `counted` gives the cost of parts that act
+    has a module under the name of each part (None where the spec has none), `drop_path`, and both residuals as `add_mixed(x, mixed)` and
+    `add_fed_forward(x)`. `counted` gives the cost of parts that act
     otherwise than once on the shape that reaches them, from the parts as `space.layout` placed them.
     """
 

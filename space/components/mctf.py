@@ -29,8 +29,7 @@ def merge_first(block: Any, tokens: Tokens) -> Tokens:
         return weights, block.norm1(merged.x)
 
     mixed = block.mixer(block.norm1(tokens.x), sizes=tokens.sizes, between=between)
-    x = merged.x + block.drop_path(mixed)
-    return merged._replace(x=x + block.drop_path(block.feed_forward(block.norm2(x))))
+    return merged._replace(x=block.add_fed_forward(block.add_mixed(merged.x, mixed)))
 
 
 def counted(parts: Mapping[str, Part]) -> dict[str, Cost]:
