@@ -29,7 +29,7 @@ ablations: setup ## which pooling pays off on digits: seven poolings, three pair
 	$(BIN)/python search/run.py ablations --factor pooling --data digits --seeds 3
 
 reduce: setup ## which token reduction pays off without retraining, on networks trained on digits, beside two trivial baselines
-	$(BIN)/python search/run.py reduce --data digits --seeds 3 --epochs 20
+	$(BIN)/python search/run.py reduce --data digits --seeds 3 --epochs 30
 
 smoke: setup ## a study of seconds, to try the installation
 	$(BIN)/python search/run.py smoke

@@ -19,8 +19,8 @@ from space.registry import SpecError, unknown_name
 from space.spec import ArchSpec, Component
 from space.values import parse_value, value_text
 
-BLOCK_KINDS = ("mixer", "feed_forward", "token_reduction")
-OPTIONAL_KINDS = ("prefix", "position", "token_reduction")
+BLOCK_KINDS = ("mixer", "feed_forward", "token_reduction", "layer_scale")
+OPTIONAL_KINDS = ("prefix", "position", "token_reduction", "layer_scale")
 FIELDS = ("img_size", "in_chans", "num_classes", "embed_dim", "depth")
 NONE = "none"
 """Written for a part that is not there."""

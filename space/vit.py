@@ -51,11 +51,26 @@ class Block(nn.Module):
         sizes = {} if tokens.sizes is None else {"sizes": tokens.sizes}
         mixed = self.mixer(self.norm1(tokens.x), **asked, **sizes)
         mixed, tapped = mixed if tap else (mixed, None)
+<<<<<<< HEAD
         tokens = tokens._replace(x=tokens.x + self.drop_path(self.layer_scale1(mixed)))
         if self.token_reduction is not None:
             tokens = self._reduced(tokens, tapped)
         tokens = tokens._replace(x=tokens.x + self.drop_path(self.layer_scale2(self.feed_forward(self.norm2(tokens.x)))))
         return tokens, tapped if with_class_row else None
+=======
+        tokens = tokens._replace(x=self.add_mixed(tokens.x, mixed))
+        if self.token_reduction is not None:
+            tokens = self._reduced(tokens, tapped)
+        return tokens._replace(x=self.add_fed_forward(tokens.x)), tapped if with_class_row else None
+
+    def add_mixed(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The first residual: the tokens with what the mixer gave."""
+        return x + self.drop_path(self.layer_scale1(mixed))
+
+    def add_fed_forward(self, x: Tensor) -> Tensor:
+        """The second residual: the tokens with what the feed-forward gives of them."""
+        return x + self.drop_path(self.layer_scale2(self.feed_forward(self.norm2(x))))
+>>>>>>> wt-tokens
 
     def _reduced(self, tokens: Tokens, tapped: Any) -> Tokens:
         taken = (tapped,) if self.tap else ()

@@ -48,7 +48,7 @@ def offered_components() -> Iterator[tuple[str, Component]]:
             first = {choice: offer.offered[0] for choice, offer in declared.choices.items()}
             seen = set()
             for choice, offer in [*declared.choices.items(), ("", Choice(offered=(0,)))]:
-                for value in {offer.offered[0], offer.offered[len(offer.offered) // 2], offer.offered[-1]}:
+                for value in dict.fromkeys((offer.offered[0], offer.offered[len(offer.offered) // 2], offer.offered[-1])):
                     moved = Component(name, **first | ({choice: value} if choice else {}))
                     if repr(moved) not in seen:
                         seen.add(repr(moved))

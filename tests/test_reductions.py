@@ -333,3 +333,13 @@ def test_a_reduced_network_has_a_notation():
 def test_a_wrong_notation_says_what_is_expected(text: str, message: str):
     with pytest.raises(SpecError, match=message):
         resolve(text)
+
+
+@EVERY
+def test_half_precision_gives_finite_logits(reduced: ArchSpec):
+    model = build(reduced, generator=torch.Generator().manual_seed(0)).eval()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert model(x).isfinite().all()
+        assert model.to(torch.bfloat16)(x.to(torch.bfloat16)).isfinite().all()

@@ -53,7 +53,7 @@ class ReduceOptions(Options):
         default=(), metadata={"help": "budget in percent of the whole network's MACs; repeatable; default: 85 and 70"}
     )
     seeds: int = field(default=3, metadata={"help": "paired trainings of each network, counting from --seed", "at_least": 1})
-    epochs: int = field(default=20, metadata={"help": "epochs of each training", "at_least": 1})
+    epochs: int = field(default=30, metadata={"help": "epochs of each training", "at_least": 1})
     batch_size: int = field(default=32, metadata={"help": "images per step", "at_least": 1})
     lr: float = field(default=3e-3, metadata={"help": "AdamW's learning rate", "above": 0})
 
