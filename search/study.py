@@ -289,17 +289,11 @@ studies: Registry[Method] = Registry("study", package="search.studies")
 def study(name: str, *, options: type[Options] = Options) -> Callable[[Callable[[RunSettings], Study]], Callable[[RunSettings], Study]]:
     """Register a function `(RunSettings) -> Study` as the study `name`.
 
-        `options` is a frozen keyword-only dataclass derived from `Options`. Its fields, each with a default, become the study's own flags.
-        A field is `str`, `int`, `float`, `bool` or, for a flag that may be repeated, `tuple[str, ...]`. Its metadata declares the rest:
-    <<<<<<< HEAD
-        `field(default=3, metadata={"help": "paired trainings", "at_least": 0})`. "help" explains the flag, "metavar" stands for the
-        text behind it; "at_least" or "above" is the lower bound of a finite number, which `Options` checks. An instance arrives as
-        `RunSettings.options`.
-    =======
-        `field(default=3, metadata={"help": "paired trainings", "at_least": 0})`. "help" explains the flag, "metavar" is what its help puts
-        behind it, and "at_least" or "above" is the lower bound of a finite number, which `Options` checks. An instance arrives as
-        `RunSettings.options`.
-    >>>>>>> wt-ask
+    `options` is a frozen keyword-only dataclass derived from `Options`. Its fields, each with a default, become the study's own flags.
+    A field is `str`, `int`, `float`, `bool` or, for a flag that may be repeated, `tuple[str, ...]`. Its metadata declares the rest:
+    `field(default=3, metadata={"help": "paired trainings", "at_least": 0})`. "help" explains the flag, "metavar" is what its help puts
+    behind it, and "at_least" or "above" is the lower bound of a finite number, which `Options` checks. An instance arrives as
+    `RunSettings.options`.
     """
 
     def register(make: Callable[[RunSettings], Study]) -> Callable[[RunSettings], Study]:

@@ -173,19 +173,12 @@ class AttentionColumns(NamedTuple):
 class BlockForm:
     """How the parts of a block act on its tokens, where it is not by two residuals: of the mixer, then of the feed-forward.
 
-    <<<<<<< HEAD
-        `parts` are the names of the block's parts, of norm1, mixer, layer_scale1, token_reduction, norm2, feed_forward and layer_scale2, in
-        the order in which the shape of the tokens passes through them; a norm that it leaves out is not built, and a spec that has another
-        part that it leaves out is refused. `forward(block, tokens)` gives the tokens after the block; `block` has a module under the name of
-        each part (None where the spec has none, the identity for a layer scale), and both residuals as `add_mixed(x, mixed)` and
-        `add_fed_forward(x)`. `counted` gives the cost of parts that act
-    =======
-        `parts` are the names of the block's parts, of norm1, mixer, layer_scale1, token_reduction, norm2, feed_forward and layer_scale2, in
-        the order in which the shape of the tokens passes through them; what it leaves out is not built. `forward(block, tokens)` gives the tokens after the block; `block`
-        has a module under the name of each part (None where the spec has none), `drop_path`, and both residuals as `add_mixed(x, mixed)` and
-        `add_fed_forward(x)`. `counted` gives the cost of parts that act
-    >>>>>>> wt-tokens
-        otherwise than once on the shape that reaches them, from the parts as `space.layout` placed them.
+    `parts` are the names of the block's parts, of norm1, mixer, layer_scale1, token_reduction, norm2, feed_forward and layer_scale2, in
+    the order in which the shape of the tokens passes through them; a norm that it leaves out is not built, and a spec that has another
+    part that it leaves out is refused. `forward(block, tokens)` gives the tokens after the block; `block` has a module under the name of
+    each part (None where the spec has none, the identity for a layer scale), and both residuals as `add_mixed(x, mixed)` and
+    `add_fed_forward(x)`. `counted` gives the cost of parts that act
+    otherwise than once on the shape that reaches them, from the parts as `space.layout` placed them.
     """
 
     parts: tuple[str, ...]

@@ -51,13 +51,6 @@ class Block(nn.Module):
         sizes = {} if tokens.sizes is None else {"sizes": tokens.sizes}
         mixed = self.mixer(self.norm1(tokens.x), **asked, **sizes)
         mixed, tapped = mixed if tap else (mixed, None)
-<<<<<<< HEAD
-        tokens = tokens._replace(x=tokens.x + self.drop_path(self.layer_scale1(mixed)))
-        if self.token_reduction is not None:
-            tokens = self._reduced(tokens, tapped)
-        tokens = tokens._replace(x=tokens.x + self.drop_path(self.layer_scale2(self.feed_forward(self.norm2(tokens.x)))))
-        return tokens, tapped if with_class_row else None
-=======
         tokens = tokens._replace(x=self.add_mixed(tokens.x, mixed))
         if self.token_reduction is not None:
             tokens = self._reduced(tokens, tapped)
@@ -70,7 +63,6 @@ class Block(nn.Module):
     def add_fed_forward(self, x: Tensor) -> Tensor:
         """The second residual: the tokens with what the feed-forward gives of them."""
         return x + self.drop_path(self.layer_scale2(self.feed_forward(self.norm2(x))))
->>>>>>> wt-tokens
 
     def _reduced(self, tokens: Tokens, tapped: Any) -> Tokens:
         taken = (tapped,) if self.tap else ()

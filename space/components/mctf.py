@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from space.layout import Part
 
 LEAST_TOKENS = 10
-PARTS = ("norm1", "token_reduction", "mixer", "layer_scale1", "norm2", "feed_forward", "layer_scale2")
-PARTS = ("norm1", "token_reduction", "mixer", "layer_scale1", "norm2", "feed_forward", "layer_scale2")
-PARTS = ("norm1", "token_reduction", "mixer", "layer_scale1", "norm2", "feed_forward", "layer_scale2")
-PARTS = ("norm1", "token_reduction", "mixer", "layer_scale1", "norm2", "feed_forward", "layer_scale2")
 
 
 def merge_first(block: Any, tokens: Tokens) -> Tokens:
@@ -33,12 +29,7 @@ def merge_first(block: Any, tokens: Tokens) -> Tokens:
         return weights, block.norm1(merged.x)
 
     mixed = block.mixer(block.norm1(tokens.x), sizes=tokens.sizes, between=between)
-<<<<<<< HEAD
-    x = merged.x + block.drop_path(block.layer_scale1(mixed))
-    return merged._replace(x=x + block.drop_path(block.layer_scale2(block.feed_forward(block.norm2(x)))))
-=======
     return merged._replace(x=block.add_fed_forward(block.add_mixed(merged.x, mixed)))
->>>>>>> wt-tokens
 
 
 def counted(parts: Mapping[str, Part]) -> dict[str, Cost]:
