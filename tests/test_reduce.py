@@ -139,6 +139,23 @@ def test_the_weights_are_those_of_the_same_seed(tmp_path: Path):
     assert f"left no network {PLAIN.digest} that was trained under seed 3" in other.message
 
 
+def test_weights_from_a_file_are_reduced_without_any_training(tmp_path: Path):
+    model = make().phase("train").space.decode({"network": "whole", "seed": 0}).model
+    save_model(tmp_path / "model.pt", build_model(model, seed=5), model)
+    study = make({"weights": tmp_path / "model.pt"})
+    assert [phase.name for phase in study.phases] == ["reduce"]
+    assert {contrast.baseline for contrast in study.designs["reduce"].contrasts} == {"random_drop", "whole"}
+    phase = study.phase("reduce")
+    assert [call.name for call in phase.evaluators] == ["accuracy", "profile"]
+    measuring = Measuring(seed=0, data="digits", data_fingerprint="", workdir=lambda number: tmp_path / str(number))
+    values = {}
+    for number, level in enumerate(("whole", "gtp")):
+        outcome = evaluate(measuring.job(number, candidate(study, level, 70), phase.evaluators[:1]))
+        assert not isinstance(outcome, Failure), outcome
+        values[level] = outcome.values["test_nll"]
+    assert values["whole"] != values["gtp"]
+
+
 @pytest.mark.slow
 def test_the_whole_study_prints_effects_of_every_reducer(tmp_path: Path):
     flags = ["reduce", "--share", "70", "--seeds", "1", "--epochs", "1", "--set", "profile.num_runs=30"]

@@ -7,6 +7,9 @@ trained network the reductions of each paper, as mild as the budget allows, and 
 of what fvcore counts of the whole network, the work of choosing and merging tokens included. Two baselines are cheap: dropping patches
 at random, in places drawn anew for every seed, and the narrower network.
 
+With `--weights FILE` nothing is trained: the network is reduced as the file has it, there is no narrower one to compare with, and one
+seed says where patches are dropped. Intervals are then over test images alone.
+
 The contrasts are registered before the first trial: for each budget, the mean of all reducers against random dropping is primary, and
 each reducer against either baseline and the whole network is Holm-corrected. Effects are paired by seed and by test image.
 """
@@ -31,6 +34,7 @@ from space.spec import ArchSpec
 
 if TYPE_CHECKING:
     from results.effects.design import Design
+    from space.weights import Weights
 
 MAX_SEED = 10_000
 TRAIN = "train"
@@ -76,43 +80,50 @@ def reduce(run: RunSettings) -> Study:
     _refuse_flags_without_meaning(run)
     if run.seed + options.seeds > MAX_SEED:
         raise SettingsError(f"--seed {run.seed} and {options.seeds} seeds: seeds go up to {MAX_SEED - 1}")
-    seeds = range(run.seed, run.seed + options.seeds)
     plain = plain_network(run, options)
-    networks = {WHOLE: plain} | {f"{NARROWER}_{share}": _within(plain, NARROWER, share) for share in options.shares}
+    weights = run.weights_for(plain, model_name(run, options))
+    # Weights that are there already differ under no seed.
+    seeds = range(run.seed, run.seed + (1 if weights else options.seeds))
+    baselines = (WHOLE, RANDOM) if weights else BASELINES
+    trained = {} if weights else {WHOLE: plain} | {f"{NARROWER}_{share}": _within(plain, NARROWER, share) for share in options.shares}
     levels, notes = chosen_levels(plain, options.shares)
-    design = reduction_design(levels)
+    design = reduction_design(levels, baselines)
     settings = dict(run.evaluator_settings)
     profile = replace(run, evaluator_settings={**settings, "profile": {**PROFILED, **settings.get("profile", {})}})
-    trainings = [{"network": name, "seed": seed} for seed in seeds for name in networks]
     cells = [
         {"factor": factor, factor: level, "seed": seed}
         for seed in seeds
         for factor, methods in levels.items()
-        for level in (*BASELINES, *methods)
+        for level in (*baselines, *methods)
     ]
-    phases = (
-        Phase(
-            name=TRAIN,
-            space=training_space(networks, run, options),
-            evaluators=(run.call("train"),),
-            objectives=("val_top1_pct",),
-            propose=_grid(trainings),
-            plan=f"{len(trainings)} trainings of {options.epochs} epochs (--epochs), {options.seeds} of each network (--seeds)",
-        ),
-        Phase(
-            name="reduce",
-            space=reduction_space(plain, run, options),
-            evaluators=(run.call("reduced"), profile.call("profile")),
-            objectives=("val_top1_pct", "gmacs"),
-            propose=_grid(cells),
-            needs=(Need(TRAIN, "all"),),
-            plan=f"{len(cells)} networks within {' and '.join(f'{share} %' for share in options.shares)} of the MACs, nothing trained",
-        ),
+    reducing = Phase(
+        name="reduce",
+        space=reduction_space(plain, run, options, weights),
+        evaluators=(run.call("accuracy" if weights else "reduced"), profile.call("profile")),
+        objectives=("val_top1_pct", "gmacs"),
+        propose=_grid(cells),
+        needs=() if weights else (Need(TRAIN, "all"),),
+        plan=f"{len(cells)} networks within {' and '.join(f'{share} %' for share in options.shares)} of the MACs, nothing trained",
     )
+    if weights:
+        notes.append("the network is reduced as its weights are, under one seed: intervals are over test images alone")
+        return Study(phases=(reducing,), designs={"reduce": design}, notes=tuple(notes))
     if options.seeds < design.num_seeds_needed:
         enough = f"the exact test can reject every contrast from --seeds {design.num_seeds_needed} on"
         notes.append(f"--seeds {options.seeds} is enough for intervals; {enough}")
-    return Study(phases=phases, designs={"reduce": design}, notes=tuple(notes))
+    return Study(phases=(_training(trained, run, options, seeds), reducing), designs={"reduce": design}, notes=tuple(notes))
+
+
+def _training(networks: Mapping[str, ArchSpec], run: RunSettings, options: ReduceOptions, seeds: Sequence[int]) -> Phase:
+    trainings = [{"network": name, "seed": seed} for seed in seeds for name in networks]
+    return Phase(
+        name=TRAIN,
+        space=training_space(networks, run, options),
+        evaluators=(run.call("train"),),
+        objectives=("val_top1_pct",),
+        propose=_grid(trainings),
+        plan=f"{len(trainings)} trainings of {options.epochs} epochs (--epochs), {options.seeds} of each network (--seeds)",
+    )
 
 
 def _refuse_flags_without_meaning(run: RunSettings) -> None:
@@ -123,11 +134,15 @@ def _refuse_flags_without_meaning(run: RunSettings) -> None:
         raise SettingsError(f"{run.budget} means nothing here: --share says what a reduced network may cost")
 
 
+def model_name(run: RunSettings, options: ReduceOptions) -> str:
+    """The network that is reduced, as the user or the default names it."""
+    return options.model or ("vit_digits" if run.data == DEFAULT_DATA else "vit_cifar")
+
+
 def plain_network(run: RunSettings, options: ReduceOptions) -> ArchSpec:
     """The network without reductions; raises SettingsError for one that cannot be reduced."""
-    is_digits = run.data == DEFAULT_DATA
-    name = options.model or ("vit_digits" if is_digits else "vit_cifar")
-    img_size = run.img_size or (32 if is_digits and not options.model else None)
+    name = model_name(run, options)
+    img_size = run.img_size or (32 if run.data == DEFAULT_DATA and not options.model else None)
     plain = require_arch(resized(catalog.resolve(name), img_size=img_size, num_classes=run.num_classes), "reduce")
     if len(plain.stages) != 1:
         raise SettingsError(f"--model {name}: networks of one stage can be reduced; this one has {len(plain.stages)}")
@@ -196,7 +211,7 @@ def training_space(networks: Mapping[str, ArchSpec], run: RunSettings, options: 
     return SearchSpace(name=f"reduce/{networks[WHOLE].digest[:8]}/train", axes=axes, decode=decode)
 
 
-def reduction_space(plain: ArchSpec, run: RunSettings, options: ReduceOptions) -> SearchSpace:
+def reduction_space(plain: ArchSpec, run: RunSettings, options: ReduceOptions, weights: Weights | None) -> SearchSpace:
     """A point is a budget, as the factor, a level of it and a seed: of the training, and of what is drawn at random."""
     recipe = _recipe(options, run)
     shares = {factor_of(share): share for share in options.shares}
@@ -205,7 +220,8 @@ def reduction_space(plain: ArchSpec, run: RunSettings, options: ReduceOptions) -
         factor, seed = params["factor"], params["seed"]
         level, share = params[factor], shares[factor]
         label = f"{level} {share} % seed {seed}" if level != WHOLE else f"{level} seed {seed}"
-        return Candidate(model=_within(plain, level, share, seed), recipe=replace(recipe, seed=seed), label=label)
+        trained = {"weights": weights} if weights else {"recipe": replace(recipe, seed=seed)}
+        return Candidate(model=_within(plain, level, share, seed), label=label, **trained)
 
     return SearchSpace(
         name=f"reduce/{plain.digest[:8]}",
@@ -218,13 +234,14 @@ def reduction_space(plain: ArchSpec, run: RunSettings, options: ReduceOptions) -
     )
 
 
-def reduction_design(levels: Mapping[str, Sequence[str]]) -> Design:
-    """What is tested within each budget: reducers against both baselines and the whole network."""
+def reduction_design(levels: Mapping[str, Sequence[str]], baselines: Sequence[str]) -> Design:
+    """What is tested within each budget: reducers against the baselines, and random dropping against the narrower network."""
     from results.effects.design import Contrast, Design
 
     contrasts: list[Contrast] = []
     for factor, methods in levels.items():
-        pairs = [(level, baseline) for baseline in (RANDOM, NARROWER, WHOLE) for level in methods] + [(RANDOM, NARROWER)]
+        pairs = [(level, baseline) for baseline in (RANDOM, NARROWER, WHOLE) for level in methods if baseline in baselines]
+        pairs += [(RANDOM, NARROWER)] if NARROWER in baselines else []
         if len(methods) == 1:
             pairs.remove((methods[0], RANDOM))
         contrasts.append(Contrast(factor=factor, levels=tuple(methods), baseline=RANDOM, outcome="top1_pct", is_primary=True))
