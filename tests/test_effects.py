@@ -19,6 +19,7 @@ from results.effects.predictions import Cell, Predictions, read_predictions
 from results.effects.statistics import holm, mcnemar_test
 from results.effects.table import effects_table, levels_table
 from results.effects.text import effects_text, levels_text, published_sources, reading_notes
+from results.effects.verdict import excludes_zero
 from results.figures.forest import panel_figures, write_html, write_png
 from results.figures.style import PAPER
 from results.formats import format_loss_fall
@@ -286,6 +287,12 @@ def test_how_arms_compare_says_nothing_of_their_convergence():
         others = learning(cells({"none": 0, "mixup": effect}, 6), none=DONE, mixup=STILL_LEARNING)
         flags = [effects_table(made, design(PRIMARY), num_resamples=100)["unconverged"].tolist() for made in (trials, others)]
         assert flags[0] == flags[1] == ["mixup 0.26"]
+
+
+def test_an_interval_that_ends_at_0_up_to_rounding_does_not_exclude_it():
+    ends = [(1e-6, 1.36), (-1.36, -1e-6), (0.0, 1.36), (0.01, 1.36), (-1.36, -0.01), (-0.1, 1.36)]
+    assert [excludes_zero({"low": low, "high": high}) for low, high in ends] == [False, False, False, True, True, False]
+    assert excludes_zero({"low": 2.0, "high": 2.0})
 
 
 def test_the_mean_of_levels_against_the_baseline():

@@ -5,7 +5,7 @@ slope at the end, is blind here: a cosine schedule ends at a rate near zero, and
 loss is compared between the two quarters of the epochs that make up the second half, where the rate is at half its peak and below.
 
 `MAX_LOSS_FALL` was set by trainings on digits that were made again with 1.7 to 3 times their epochs: where the loss had fallen by
-more, the test NLL changed by 0.16 and 0.46 nats; where it had fallen by less, by 0.02 at most. They stand in
+more, the test NLL changed by 0.16 and 0.46 nats; where it had fallen by less, by 0.05 at most. They stand in
 results/reports/ablations_digits_cpu_202611.md.
 """
 

@@ -136,6 +136,7 @@ def _draw(axis: Axes, rows: pd.DataFrame, places: dict[tuple[str, str], int]) ->
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(len(places) - 0.4, -0.6)
     axis.margins(x=0.06)
+    axis.locator_params(axis="x", nbins=6)
     axis.set_xlabel(_axis_title(rows))
     axis.set_title(f"{rows['outcome'].iloc[0]}: {_better(rows)}", fontsize=10.5, loc="left", color=SOFT)
 
