@@ -76,6 +76,7 @@ def _cost(params: int, macs: int, elementwise: int) -> Cost:
 
 
 def is_block(path: str, module: nn.Module) -> bool:
+    """Whether the module is a residual block by its path, as timm's transformers and ConvNeXts and our networks name them: `blocks.0`."""
     # EfficientNets nest them, `blocks.0.1`, and only the inner ones are blocks.
     return re.search(r"(^|\.)blocks(\.\d+)+$", path) is not None and not isinstance(module, nn.Sequential)
 

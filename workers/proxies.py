@@ -127,7 +127,7 @@ def weighted_layers(network: nn.Module) -> list[nn.Conv2d | nn.Linear]:
     return [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
-def layer_weights(network: nn.Module) -> list[nn.Parameter]:
+def layer_weights(network: nn.Module) -> list[Tensor]:
     """The weights of the `weighted_layers`; one that layers share is listed once."""
     return list({id(layer.weight): layer.weight for layer in weighted_layers(network)}.values())
 

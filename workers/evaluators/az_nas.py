@@ -17,8 +17,8 @@ They are undefined for networks that name no blocks, whose blocks do not map tok
 block.
 
 Departures: where a downsampling lies between two blocks, f_{l-1} is the input of the second block (the paper folds pixels into channels).
-For blocks without a `norm2`, whose inner sum cannot be seen, f_l are the outputs of the blocks alone. The authors leave progressivity
-out for AutoFormer, whose width is constant; it is measured here all the same.
+The inner sum of a block is what enters its `norm2`, which holds for pre-norm blocks; of blocks without one f_l are the outputs alone.
+The authors leave progressivity out for AutoFormer, whose width is constant; it is measured here all the same.
 """
 
 from __future__ import annotations

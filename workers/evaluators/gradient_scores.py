@@ -59,7 +59,7 @@ def one_pass_scores(network: nn.Module, images: Tensor, labels: Tensor) -> dict[
     fisher = 0.0
     for some_images, some_labels in in_chunks(network, images, labels):
         inputs = some_images.detach().requires_grad_()
-        outputs: list[tuple[nn.Module, Tensor]] = []
+        outputs: list[tuple[nn.Conv2d | nn.Linear, Tensor]] = []
         with watching(layers, lambda layer, _, output, outputs=outputs: outputs.append((layer, output))):
             logits = network(inputs)
         rows.append(torch.autograd.grad(logits.sum(), inputs, retain_graph=True)[0].flatten(1))
@@ -106,7 +106,7 @@ def grasp_score(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     # The fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
         for some_images, some_labels in in_chunks(network, images, labels, num_graphs=4):
-            outputs: list[tuple[nn.Module, Tensor]] = []
+            outputs: list[tuple[nn.Conv2d | nn.Linear, Tensor]] = []
             with watching(plain, lambda layer, _, output, outputs=outputs: outputs.append((layer, output))):
                 loss = F.cross_entropy(network(some_images), some_labels, reduction="sum") / len(images)
             found = gradients(loss, [*weights, *(output for _, output in outputs)], create_graph=True)
@@ -119,7 +119,7 @@ def grasp_score(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     return -sum((g.double() * (d - g)).sum().item() for g, d in zip(slope, change, strict=True))
 
 
-def _without_bias(layer: nn.Module, output: Tensor) -> Tensor:
+def _without_bias(layer: nn.Conv2d | nn.Linear, output: Tensor) -> Tensor:
     if layer.bias is None:
         return output
     return output - (layer.bias[:, None, None] if isinstance(layer, nn.Conv2d) else layer.bias)

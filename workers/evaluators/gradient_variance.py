@@ -78,8 +78,8 @@ def gradient_variance_scores(
     zico, inverse = [], []
     for of_layer in zip(*per_batch, strict=True):
         # Not torch.std_mean, which takes thirty times as long over so few values.
-        mean = sum(of_layer[1:], start=of_layer[0]) / len(of_layer)
-        spread = (sum((value - mean).square() for value in of_layer) / len(of_layer)).sqrt()
+        mean = _mean(of_layer)
+        spread = _mean([(value - mean).square() for value in of_layer]).sqrt()
         one_over_spread = torch.where(spread > 0, 1 / spread, 0)
         zico.append((mean * one_over_spread).sum(dtype=torch.float64))
         inverse.append(one_over_spread.sum(dtype=torch.float64))
@@ -132,6 +132,10 @@ def _absolute_gradients(
         for sum_so_far, gradient in zip(total, gradients(loss, weights), strict=True):
             sum_so_far += gradient
     return [gradient.abs_() for gradient in total]
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return sum(values[1:], start=values[0]) / len(values)
 
 
 def _between(values: Sequence[Any], first_share: float, last_share: float) -> Sequence[Any]:
