@@ -66,8 +66,9 @@ def _networks(results: StudyResults, parameters: Mapping[str, Any]) -> pd.DataFr
         rows = results.phase(phase).drop_duplicates("digest").set_index("digest")
         for metric in results.metric_names(phase):
             if metric not in frame:
-                turned = goals.get(metric) == "minimize" and metric not in TRIVIAL
-                frame[metric] = frame["digest"].map(-rows[metric] if turned else rows[metric])
+                sign = -1.0 if goals.get(metric) == "minimize" and metric not in TRIVIAL else 1.0
+                values = dict(zip(rows.index, sign * rows[metric].to_numpy(float), strict=True))
+                frame[metric] = [values.get(digest, math.nan) for digest in frame["digest"]]
     return frame
 
 

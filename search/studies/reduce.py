@@ -220,8 +220,8 @@ def reduction_space(plain: ArchSpec, run: RunSettings, options: ReduceOptions, w
         factor, seed = params["factor"], params["seed"]
         level, share = params[factor], shares[factor]
         label = f"{level} {share} % seed {seed}" if level != WHOLE else f"{level} seed {seed}"
-        trained = {"weights": weights} if weights else {"recipe": replace(recipe, seed=seed)}
-        return Candidate(model=_within(plain, level, share, seed), label=label, **trained)
+        training = None if weights else replace(recipe, seed=seed)
+        return Candidate(model=_within(plain, level, share, seed), recipe=training, weights=weights, label=label)
 
     return SearchSpace(
         name=f"reduce/{plain.digest[:8]}",

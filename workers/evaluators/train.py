@@ -211,8 +211,10 @@ def write_predictions(path: Path, ids: np.ndarray, labels: np.ndarray, logits: n
     Every statistic, and whether the training converged, can be taken again from them. `losses` is None where nothing was trained.
     """
     buffer = io.BytesIO()
-    trained = {} if losses is None else {"train_loss": np.asarray(losses, dtype=float)}
-    np.savez_compressed(buffer, ids=ids, labels=labels, logits=logits.astype(np.float32), **trained)
+    arrays: dict[str, Any] = {"ids": ids, "labels": labels, "logits": logits.astype(np.float32)}
+    if losses is not None:
+        arrays["train_loss"] = np.asarray(losses, dtype=float)
+    np.savez_compressed(buffer, **arrays)
     write_bytes_atomically(path, buffer.getvalue())
 
 
