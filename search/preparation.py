@@ -38,7 +38,8 @@ def classes_of(calls: Sequence[Call], data: str, asked: int | None) -> int | Non
     named, are then only images to score with. Data whose labels name fewer than two classes decide nothing. Raises SettingsError if a
     network with `asked` classes is to be trained on data with another number of them.
     """
-    trains = any(call.evaluator.needs_dataset for call in calls)
+    # A score of the proxy reads labels, and a network may have more classes than those.
+    trains = any(call.evaluator.needs_dataset and call.evaluator.subject == "model" for call in calls)
     reads_named_data = data != DEFAULT_DATA and any(call.evaluator.uses_data for call in calls)
     if not (trains or reads_named_data):
         return asked
