@@ -13,6 +13,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from results.columns import terminal_width
 from results.paths import RunPaths, place_flags, without_password
 from results.records import write_json_atomically
 from results.waiting import AT_ONCE_S, waiting
@@ -59,10 +60,12 @@ def list_all(argv: list[str]) -> int:
         "mixings": {name: mixings.summary(name) for name in mixings.names()},
         "strategies": {name: strategies.summary(name) for name in strategies.names()},
     }
+    width = terminal_width()
     for title, rows in sections.items():
         print(f"{title}:")
         for name, summary in rows.items():
-            print(f"  {name:28} {summary}")
+            told = textwrap.wrap(f"{name:28} {summary}", width - 2, subsequent_indent=" " * 29, break_on_hyphens=False)
+            print("\n".join(f"  {line}" for line in told))
     return 0
 
 
