@@ -343,3 +343,20 @@ def test_half_precision_gives_finite_logits(reduced: ArchSpec):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert model(x).isfinite().all()
         assert model.to(torch.bfloat16)(x.to(torch.bfloat16)).isfinite().all()
+
+
+def test_layer_scale_scales_both_residuals_of_every_form():
+    (stage,) = PLAIN.stages
+    blocks = tuple(dataclasses.replace(block, layer_scale=Component("learned")) for block in stage.blocks)
+    scaled = dataclasses.replace(PLAIN, stages=(dataclasses.replace(stage, blocks=blocks),))
+    for reduced in (placed(scaled, "mctf", r=24), placed(scaled, "gtp", P=8)):
+        model = build(reduced, generator=torch.Generator().manual_seed(0)).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "layer_scale" in name:
+                    parameter.zero_()
+        x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            class_token = model.get_parameter("prefix.class_token") + model.get_parameter("position.pos_embed")[:, :1]
+            torch.testing.assert_close(model.forward_tokens(x)[:, :1], class_token)
+        assert fvcore_macs(model, 32) == cost(reduced).fvcore_macs
