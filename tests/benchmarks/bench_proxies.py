@@ -5,7 +5,7 @@
 Every round times the pass and then each evaluator as a trial calls it, its network and its images included, so that all meet the same load
 of the machine; a ratio is the median over rounds of the evaluator's time to that of the pass in its round. The pass is the mean
 cross-entropy's, in parts of eight images at 224 px, as the scores take it. CPU seconds are of this process, and memory is the peak resident
-size of a fresh process above its imports.
+size of a fresh process above its imports and the data set.
 
 GOAL: gradient_scores at most 2 passes; gradient_scores, grasp, synflow and gradient_variance together at most 7.
 """
@@ -87,16 +87,19 @@ def main() -> None:
         for name in SCORES:
             ratios[name].append(cpu_s(lambda name=name: measure(name, model, context, args.batch_size)) / passes[-1])
     print(f"one forward and backward pass: {statistics.median(passes):.2f} CPU s\n")
-    print(f"{'evaluator':18} {'passes':>7} {'least':>7} {'most':>7} {'MB':>6}   metrics")
+    print(f"{'evaluator':18} {'passes':>7} {'least':>7} {'most':>7}   metrics")
+    for name, of_score in ratios.items():
+        metrics = ", ".join(metric.name for metric in evaluators.get(name).metrics)
+        print(f"{name:18} {statistics.median(of_score):7.2f} {min(of_score):7.2f} {max(of_score):7.2f}   {metrics}")
+    together = statistics.median(map(sum, zip(*(ratios[name] for name in OF_GRADIENTS), strict=True)))
+    print(f"\n{' + '.join(OF_GRADIENTS)}: {together:.2f} passes (at most 7); {OF_GRADIENTS[0]} at most 2\n", flush=True)
+
+    print("peak resident memory above the imports and the data, MiB")
     for name in SCORES:
         command = [sys.executable, __file__, "--peak-of", name, "--model", args.model]
         command += ["--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
         before, after = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-        metrics = ", ".join(metric.name for metric in evaluators.get(name).metrics)
-        of_score = ratios[name]
-        print(f"{name:18} {statistics.median(of_score):7.2f} {min(of_score):7.2f} {max(of_score):7.2f} {after - before:6.0f}   {metrics}")
-    together = statistics.median(map(sum, zip(*(ratios[name] for name in OF_GRADIENTS), strict=True)))
-    print(f"\n{' + '.join(OF_GRADIENTS)}: {together:.2f} passes (at most 7); {OF_GRADIENTS[0]} at most 2")
+        print(f"{name:18} {after - before:7.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def _without_bias(layer: nn.Conv2d | nn.Linear, output: Tensor) -> Tensor:
     subject="proxy",
     uses_data=True,
     needs_dataset=True,
-    memory_mb=2000,
+    memory_mb=1700,
 )
 def gradient_scores(model: Model, context: Context, settings: BatchSettings) -> Mapping[str, float]:
     """Gradient norm, SNIP, Fisher and Jacobian covariance of one labelled batch, before training."""
@@ -153,7 +153,7 @@ def gradient_scores(model: Model, context: Context, settings: BatchSettings) -> 
     subject="proxy",
     uses_data=True,
     needs_dataset=True,
-    memory_mb=3000,
+    memory_mb=1300,
 )
 def grasp(model: Model, context: Context, settings: BatchSettings) -> Mapping[str, float]:
     """GraSP of one labelled batch, before training: how the gradient would change if the weights shrank."""

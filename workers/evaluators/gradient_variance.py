@@ -160,7 +160,7 @@ def _sum_of_logs(sums: Sequence[Tensor]) -> float:
     subject="proxy",
     uses_data=True,
     needs_dataset=True,
-    memory_mb=2000,
+    memory_mb=1300,
 )
 def gradient_variance(model: Model, context: Context, settings: GradientVarianceSettings) -> Mapping[str, float]:
     """ZiCo and L-SWAG: how much gradients vary between labelled batches, before training."""
