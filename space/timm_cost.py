@@ -65,7 +65,7 @@ def counted(spec: TimmSpec) -> Counted:
     parts = {name: part for name, part in parts.items() if any(part)}
     if any(between):
         parts["between"] = _cost(0, *between)
-    depth = sum(_is_block(path, module) for path, module in model.named_modules())
+    depth = sum(is_block(path, module) for path, module in model.named_modules())
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     square = patch[0] if isinstance(patch, tuple) and len(set(patch)) == 1 else None
     return Counted(parts, depth, square)
@@ -75,7 +75,8 @@ def _cost(params: int, macs: int, elementwise: int) -> Cost:
     return Cost(params, macs, macs + elementwise)
 
 
-def _is_block(path: str, module: nn.Module) -> bool:
+def is_block(path: str, module: nn.Module) -> bool:
+    """Whether the module is a residual block by its path, as timm's transformers and ConvNeXts and our networks name them: `blocks.0`."""
     # EfficientNets nest them, `blocks.0.1`, and only the inner ones are blocks.
     return re.search(r"(^|\.)blocks(\.\d+)+$", path) is not None and not isinstance(module, nn.Sequential)
 

@@ -33,9 +33,15 @@ RECIPE = Recipe(epochs=1, batch_size=256)
 EVALUATORS = [each for each in map(evaluators.get, evaluators.names()) if each.function.__module__.startswith("workers.evaluators.")]
 QUICK = {
     "as_vit": {"num_repeats": "2", "ntk_batch_size": "4", "num_angles": "2"},
+    "az_nas": {"batch_size": "4"},
+    "gradient_scores": {"batch_size": "4"},
+    "gradient_variance": {"batch_size": "4"},
+    "grasp": {"batch_size": "4"},
+    "head_confidence": {"batch_size": "4"},
     "linear_probe": {"epochs": "1"},
     "profile": {"num_runs": "30", "num_warmup": "1"},
     "robustness": {"max_images": "20"},
+    "w_pca": {"batch_size": "4"},
 }
 
 

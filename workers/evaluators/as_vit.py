@@ -45,6 +45,7 @@ from space.registry import SpecError
 from space.vit import VisionTransformer, build, initialize_by_path
 from workers.data import load_images
 from workers.evaluator import Context, EvaluationError, evaluator
+from workers.proxies import warn_of_damage
 
 CHUNK_PIXELS = 10 * 64 * 64
 """The pixels of all angles that share a forward pass: one angle at 224 px, where memory is scarce, and all ten at 64 px."""
@@ -222,8 +223,7 @@ def as_vit(model: Model, context: Context, settings: AsVitSettings) -> Mapping[s
             scores["length_distortion"].append(_length_distortion(network, context, settings, repeat, model.img_size))
         for name, values in scores.items():
             context.report(name, values[-1], repeat)
-    if skipped:
-        context.warn(f"data {context.data!r}: skipped as damaged ({len(skipped)}): {', '.join(skipped)}")
+    warn_of_damage(context, skipped)
     return {
         name: value
         for score, values in scores.items()
