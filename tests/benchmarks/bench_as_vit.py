@@ -13,11 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from machine import machine
+from machine import machine, memory_mb
 from torch import Tensor
 
 import space.components.attention
@@ -136,12 +135,6 @@ def print_peak(img_size: int, what: str) -> None:
     else:
         as_vit(spec(Network.parse(f"{SEED_TOPOLOGY},32"), img_size=img_size, num_classes=1000), Context(seed=0), SETTINGS)
     print(imports, memory_mb("VmHWM"))
-
-
-def memory_mb(which: str) -> float:
-    """MiB resident in this process now (`VmRSS`) or at most so far (`VmHWM`)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(which))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -14,3 +15,9 @@ def machine() -> str:
     accelerator = f", {device_name('cuda')}" if torch.cuda.is_available() else ""
     cores = len(os.sched_getaffinity(0))
     return f"{device_name('cpu')}, {cores} cores, {torch.get_num_threads()} torch threads{accelerator}; {sys.platform}, {versions}"
+
+
+def memory_mb(which: str) -> float:
+    """MiB resident in this process now (`VmRSS`) or at most so far (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(which))
