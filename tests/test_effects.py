@@ -276,7 +276,7 @@ def test_convergence_is_of_the_mean_over_seeds_and_stands_with_the_levels():
     assert levels["loss_fall"].to_dict() == pytest.approx({"none": 0.0, "mixup": fall})
     assert levels["is_converged"].to_dict() == {"none": True, "mixup": False}
     assert [format_loss_fall(row) for row in levels.to_dict("records")] == ["0.00", "0.13, not converged"]
-    assert "0.13, not converged" in levels_text(levels.reset_index())
+    assert "0.13, not converged" in levels_text(levels.reset_index())[0]
     assert levels_table(trials, design(PRIMARY))["is_converged"].tolist() == [None, None]
 
 

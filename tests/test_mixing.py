@@ -691,7 +691,7 @@ from workers.training import train
 recipe = Recipe.from_json({"epochs": 1, "batch_size": 1200, "mixing": "swap_halves", "warmup_epochs": 0.0})
 model = resolve("vit_digits")
 dataset = load_dataset("digits", img_size=model.img_size)
-assert math.isfinite(train(model, recipe, dataset, workdir=Path(sys.argv[2])).train_loss)
+assert math.isfinite(train(model, recipe, dataset, workdir=Path(sys.argv[2])).losses[-1])
 """
 
 

@@ -18,11 +18,12 @@ frozen tokens, under many seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from results.records import Metric
+from search.fixed_points import grid
 from search.study import CONVERGING, FineTuning, Need, Phase, RunSettings, SettingsError, Study, study
 from space import catalog
 from space.model import Model, as_arch, require_arch, resized, supports_class_row, token_size
@@ -147,7 +148,7 @@ def ablations(run: RunSettings) -> Study:
             space=space,
             evaluators=(*run.calls("train"), *robustness),
             objectives=("val_top1_pct",),
-            propose=_grid(cells(levels, seeds)),
+            propose=grid(cells(levels, seeds)),
             plan=_plan_of_cells(len(cells(levels, seeds)), f"trained for {_epochs(reference)} epochs (--epochs)"),
         )
     ]
@@ -323,15 +324,6 @@ def _epochs(reference: Candidate) -> int:
     return reference.recipe.epochs
 
 
-def _grid(points: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], Any]:
-    def propose(phases: Mapping[str, Any]):
-        from search.strategies.grid import Grid
-
-        return Grid(points)
-
-    return propose
-
-
 def _plan_of_cells(number: int, how: str) -> str:
     return f"{number} cells of the design, of which equal ones are measured once, each {how}"
 
@@ -350,7 +342,7 @@ def _probe_phases(run: RunSettings, reference: Candidate, points: Sequence[Mappi
         ),
         evaluators=(run.call("train"),),
         objectives=("val_top1_pct",),
-        propose=_grid([{"seed": run.seed}]),
+        propose=grid([{"seed": run.seed}]),
         plan=f"the reference, trained once for {recipe.epochs} epochs (--epochs)",
     )
     probe = Phase(
@@ -358,7 +350,7 @@ def _probe_phases(run: RunSettings, reference: Candidate, points: Sequence[Mappi
         space=ablation_space(reference, {"pooling": LEVELS["pooling"]}),
         evaluators=(run.call("linear_probe"),),
         objectives=("val_top1_pct",),
-        propose=_grid(points),
+        propose=grid(points),
         plan=_plan_of_cells(len(points), "a pooling and a head trained on the frozen backbone"),
         needs=(Need("backbone"),),
     )

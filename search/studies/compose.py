@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.budget import Budget, random_point
 from search.composition import RECIPE, MakeRecipe, composed_space, needed_choices
+from search.fixed_points import grid
 from search.strategy import strategies
 from search.studies.ablations import AblationOptions, reference_candidate
 from search.studies.tune import EPOCHS_AXIS, REDUCTION, halving_plan, rungs_of, stopping
@@ -139,13 +140,7 @@ def _grid(run: RunSettings, space: SearchSpace, common: Mapping[str, Any]) -> Ph
     points = [point for point in space.points() if _is_within(run.budget, space, point)]
     reasons = "cannot be built" if run.budget.is_empty else f"cannot be built or are outside {run.budget}"
     left_out = f" of {space.size}; the others {reasons}" if len(points) < space.size else ""
-
-    def propose(phases: Mapping[str, Any]):
-        from search.strategies.grid import Grid
-
-        return Grid(points)
-
-    return Phase(**common, space=space, propose=propose, plan=f"every point of the grid ({len(points)}{left_out}), measured once")
+    return Phase(**common, space=space, propose=grid(points), plan=f"every point of the grid ({len(points)}{left_out}), measured once")
 
 
 def _halving(run: RunSettings, space: SearchSpace, common: Mapping[str, Any]) -> Phase:

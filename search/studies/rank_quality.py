@@ -13,7 +13,7 @@ from typing import Any
 from results.answers import Question
 from results.paths import RunPaths
 from results.records import stderr_name
-from search.strategy import Proposer
+from search.fixed_points import grid
 from search.study import Options, Phase, RunSettings, SettingsError, Study, study
 from search.trained_table import TrainedNetwork, digest_of_networks, read_table
 from space.model import require_arch, resized
@@ -57,26 +57,24 @@ def rank_quality(run: RunSettings) -> Study:
         num_classes=run.num_classes,
     )
     space = table_space(networks, run.proxy_img_size)
-    scores, notes = _chosen(options.scores, run, space.decode({ROW: 0}))
+    scores, asked, notes = _chosen(options.scores, run, space.decode({ROW: 0}))
     phases = [
         Phase(
             name=name,
             space=space,
             evaluators=(run.call(name),),
             objectives=tuple(metrics),
-            propose=_grid(len(networks)),
+            propose=grid([{ROW: row} for row in range(len(networks))]),
             plan=f"{len(networks)} networks of the table, each scored once",
         )
         for name, metrics in scores.items()
     ]
-    measured = [metric for metrics in scores.values() for metric in metrics]
-    named = {alias: metric for alias, metric in ALIASES.items() if metric in measured}
     question = Question(
         kind="rank_quality",
         parameters={
             "target": options.target,
             "networks": [{"digest": network.model.digest, "target": network.target} for network in networks],
-            "scores": named | {metric: metric for metric in measured if metric not in named.values()},
+            "scores": asked,
         },
     )
     return Study(phases=tuple(phases), notes=tuple(notes), question=question)
@@ -103,15 +101,17 @@ def table_space(networks: tuple[TrainedNetwork, ...], proxy_img_size: int | None
     return SearchSpace(name=f"trained/{digest_of_networks(networks)}", axes=(Axis(name=ROW, choices=range(len(networks))),), decode=decode)
 
 
-def _chosen(text: str, run: RunSettings, first: Candidate) -> tuple[dict[str, list[str]], list[str]]:
-    """The metrics to judge by the evaluator that measures them, and what is left out of `all`, with the reason.
+def _chosen(text: str, run: RunSettings, first: Candidate) -> tuple[dict[str, list[str]], dict[str, str], list[str]]:
+    """The metrics by the evaluator that measures them, those to judge by their name here, and what is left out of `all`, with the reason.
 
     The costs are always measured: size is what scores are compared at.
     """
     offered = _offered()
     wanted = [ALIASES.get(name.strip(), name.strip()) for name in text.split(",")]
     takes_all = wanted == [ALL]
-    scores: dict[str, list[str]] = {"cost": ["params_m", "gmacs"]}
+    short = {metric: alias for alias, metric in ALIASES.items()}
+    scores: dict[str, list[str]] = {"cost": list(short)}
+    asked: dict[str, str] = {}
     notes = []
     for name in offered if takes_all else wanted:
         if name not in offered:
@@ -121,9 +121,11 @@ def _chosen(text: str, run: RunSettings, first: Candidate) -> tuple[dict[str, li
             if not takes_all:
                 raise SettingsError(f"--scores {name}: {reason}")
             notes.append(f"left out: {name} ({reason})")
-        elif name not in scores.setdefault(evaluator, []):
+            continue
+        asked[short.get(name, name)] = name
+        if name not in scores.setdefault(evaluator, []):
             scores[evaluator].append(name)
-    return scores, notes
+    return scores, asked, notes
 
 
 def _offered() -> dict[str, str]:
@@ -147,12 +149,3 @@ def _why_not(call: Call, first: Candidate) -> str:
     except SpecError as error:
         return str(error)
     return ""
-
-
-def _grid(num_networks: int):
-    def propose(phases: Mapping[str, Any]) -> Proposer:
-        from search.strategies.grid import Grid
-
-        return Grid([{ROW: row} for row in range(num_networks)])
-
-    return propose

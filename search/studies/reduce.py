@@ -22,6 +22,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from results.records import Metric
+from search.fixed_points import grid
 from search.study import DEFAULT_DATA, Need, Options, Phase, RunSettings, SettingsError, Study, study
 from space import catalog
 from space.cost import cost
@@ -101,7 +102,7 @@ def reduce(run: RunSettings) -> Study:
         space=reduction_space(plain, run, options, weights),
         evaluators=(run.call("accuracy" if weights else "reduced"), profile.call("profile")),
         objectives=("val_top1_pct", "gmacs"),
-        propose=_grid(cells),
+        propose=grid(cells),
         needs=() if weights else (Need(TRAIN, "all"),),
         plan=f"{len(cells)} networks within {' and '.join(f'{share} %' for share in options.shares)} of the MACs, nothing trained",
     )
@@ -121,7 +122,7 @@ def _training(networks: Mapping[str, ArchSpec], run: RunSettings, options: Reduc
         space=training_space(networks, run, options),
         evaluators=(run.call("train"),),
         objectives=("val_top1_pct",),
-        propose=_grid(trainings),
+        propose=grid(trainings),
         plan=f"{len(trainings)} trainings of {options.epochs} epochs (--epochs), {options.seeds} of each network (--seeds)",
     )
 
@@ -248,12 +249,3 @@ def reduction_design(levels: Mapping[str, Sequence[str]], baselines: Sequence[st
         contrasts += [Contrast(factor=factor, levels=(level,), baseline=baseline, outcome="top1_pct") for level, baseline in pairs]
     outcomes = (Metric("top1_pct", "maximize"), Metric("nll", "minimize"))
     return Design(name="reduce", contrasts=tuple(contrasts), outcomes=outcomes)
-
-
-def _grid(points: Sequence[Mapping[str, Any]]) -> Any:
-    def propose(phases: Mapping[str, Any]):
-        from search.strategies.grid import Grid
-
-        return Grid(points)
-
-    return propose

@@ -1,0 +1,23 @@
+"""Phases whose points are fixed before they begin: designs, tables, grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from search.strategy import Proposer
+from space.component import Scalar
+
+if TYPE_CHECKING:
+    import optuna
+
+
+def grid(points: Sequence[Mapping[str, Scalar]]) -> Callable[[Mapping[str, optuna.Study]], Proposer]:
+    """The `propose` of a phase that measures every one of the `points` once; imports Optuna when it is called."""
+
+    def propose(phases: Mapping[str, optuna.Study]) -> Proposer:
+        from search.strategies.grid import Grid
+
+        return Grid(points)
+
+    return propose
