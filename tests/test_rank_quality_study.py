@@ -79,8 +79,8 @@ def test_a_table_gives_a_verdict_and_a_second_target_measures_nothing_again(tmp_
 def test_more_scores_extend_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     table = written(tmp_path / "table.jsonl", rows(12))
     assert run(tmp_path, table, "by_nsc", "--scores", "params") == 0
-    assert run(tmp_path, table, "by_nsc", "--scores", "params,nsc", "--json") == 0
-    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])) == ["params", "nsc"]
+    assert run(tmp_path, table, "by_nsc", "--scores", "nsc,depth,params", "--json") == 0
+    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])) == ["nsc", "depth", "params"]
     uri = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
     phases = [run.data.tags["phase"] for run in read_study(uri, "rank_quality").trials]
     assert {phase: phases.count(phase) for phase in phases} == {"cost": 12, "nsc": 12}

@@ -104,13 +104,14 @@ def table_space(networks: tuple[TrainedNetwork, ...], proxy_img_size: int | None
 def _chosen(text: str, run: RunSettings, first: Candidate) -> tuple[dict[str, list[str]], dict[str, str], list[str]]:
     """The metrics by the evaluator that measures them, those to judge by their name here, and what is left out of `all`, with the reason.
 
-    The costs are always measured: size is what scores are compared at.
+    An evaluator's phase lists all of its metrics, so that it is the same phase whichever of them are asked for. The costs are always
+    measured: size is what scores are compared at.
     """
     offered = _offered()
     wanted = [ALIASES.get(name.strip(), name.strip()) for name in text.split(",")]
     takes_all = wanted == [ALL]
     short = {metric: alias for alias, metric in ALIASES.items()}
-    scores: dict[str, list[str]] = {"cost": list(short)}
+    evaluators_asked = {"cost": None}
     asked: dict[str, str] = {}
     notes = []
     for name in offered if takes_all else wanted:
@@ -123,8 +124,8 @@ def _chosen(text: str, run: RunSettings, first: Candidate) -> tuple[dict[str, li
             notes.append(f"left out: {name} ({reason})")
             continue
         asked[short.get(name, name)] = name
-        if name not in scores.setdefault(evaluator, []):
-            scores[evaluator].append(name)
+        evaluators_asked[evaluator] = None
+    scores = {evaluator: [metric for metric, by in offered.items() if by == evaluator] for evaluator in evaluators_asked}
     return scores, asked, notes
 
 
