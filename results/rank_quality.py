@@ -106,7 +106,8 @@ def _with_interval(
     centre = statistic(*arrays)
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(resampled, [tail, 1 - tail]) if not np.isnan(resampled).all() else (math.nan, math.nan)
-    low, high = tau + shrink * (low - centre), tau + shrink * (high - centre)
+    # Resamples repeat networks, and ties of a network with itself can put all of them on one side of tau.
+    low, high = min(tau + shrink * (low - centre), tau), max(tau + shrink * (high - centre), tau)
     return RankAgreement(tau=tau, low=float(max(low, -1.0)), high=float(min(high, 1.0)), num_points=num_points)
 
 

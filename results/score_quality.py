@@ -114,12 +114,12 @@ class _Draws:
 
 
 def estimate(values: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
-    """The first value, with the percentile interval of the others that are finite."""
+    """The first value, with the percentile interval of the others that are finite, widened to hold the first."""
     resampled = values[1:][np.isfinite(values[1:])]
     if not (math.isfinite(values[0]) and len(resampled)):
         return Estimate(value=math.nan, low=math.nan, high=math.nan)
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(value=float(values[0]), low=float(low), high=float(high))
+    return Estimate(value=float(values[0]), low=float(min(low, values[0])), high=float(max(high, values[0])))
 
 
 def signs(x: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from space.recipe import Recipe
 from space.registry import Registry, SpecError, unknown_name
 from space.search_space import Candidate, SearchSpace
 from space.weights import Weights
-from workers.evaluator import Call, by_todays_names, evaluators
+from workers.evaluator import Call, by_todays_names, evaluators, scores
 from workers.resources import Resources, resources_of
 
 if TYPE_CHECKING:
@@ -115,8 +115,16 @@ class RunSettings:
         return Call(evaluator, evaluators.get(evaluator).parse_settings(self.evaluator_settings.get(evaluator, {})))
 
     def calls(self, *own: str) -> tuple[Call, ...]:
-        """A study's own evaluators, then those that the user adds, each with this run's settings for it."""
-        return tuple(self.call(name) for name in dict.fromkeys([*own, *self.evaluators]))
+        """A study's own evaluators, then those that the user adds, each with this run's settings for it.
+
+        A score that is an objective brings its evaluator along, so that `--objectives nsc` says enough.
+        """
+        names = dict.fromkeys([*own, *self.evaluators])
+        measured = {metric.name for name in names for metric in evaluators.get(name).metrics}
+        if missing := [metric for metric in self.objectives if metric not in measured]:
+            known = scores()
+            names |= dict.fromkeys(known[metric] for metric in missing if metric in known)
+        return tuple(self.call(name) for name in names)
 
 
 def _names(given: str | Sequence[str], flag: str) -> tuple[str, ...]:

@@ -339,3 +339,16 @@ def test_a_study_that_takes_neither_says_so(monkeypatch: pytest.MonkeyPatch):
         other("smoke", evaluators="profile")
     with pytest.raises(SettingsError, match="--objectives gmacs: study 'smoke' has objectives of its own alone"):
         other("smoke", objectives="gmacs")
+
+
+@pytest.mark.parametrize("study", ["smoke", "as_vit"])
+def test_a_score_as_objective_brings_its_evaluator_along(study: str, tmp_path: Path):
+    made = studies.get(study)(RunSettings(study=study, runs=tmp_path, objectives=("nsc",)))
+    for phase in made.phases:
+        assert phase.objectives == ("nsc",)
+        assert [call.name for call in phase.evaluators].count("nsc") == 1
+
+
+def test_an_objective_that_no_score_has_is_refused(tmp_path: Path):
+    with pytest.raises(SpecError, match="unknown objective 'nscx'"):
+        studies.get("as_vit")(RunSettings(study="as_vit", runs=tmp_path, objectives=("nscx",)))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
-from results.records import FailureKind, Metric
+from results.records import FailureKind, Metric, stderr_name
 from space.model import Model
 from space.recipe import Recipe
 from space.registry import Registry, SpecError, unknown_name
@@ -167,6 +167,17 @@ class Evaluator:
 
 
 evaluators: Registry[Evaluator] = Registry("evaluator", package="workers.evaluators", renamed={"short_train": "train"})
+
+
+def scores() -> dict[str, str]:
+    """Every score of an untrained network, and every count of a network, by the name of its metric: the evaluator that measures it."""
+    found: dict[str, str] = {}
+    for name in evaluators.names():
+        declared = evaluators.get(name)
+        if declared.subject == "proxy" or declared.is_free:
+            metrics = {metric.name for metric in declared.metrics}
+            found |= dict.fromkeys(metrics - {stderr_name(metric) for metric in metrics}, name)
+    return found
 
 
 def by_todays_names(settings: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 from results.answers import Question
 from results.paths import RunPaths
-from results.records import stderr_name
 from search.fixed_points import grid
 from search.study import Options, Phase, RunSettings, SettingsError, Study, study
 from search.trained_table import TrainedNetwork, digest_of_networks, read_table
@@ -20,7 +19,7 @@ from space.model import require_arch, resized
 from space.registry import SpecError, unknown_name
 from space.search_space import Axis, Candidate, SearchSpace
 from workers.evaluate import subject_of
-from workers.evaluator import Call, Context, evaluators
+from workers.evaluator import Call, Context, scores
 
 ALIASES = {"params": "params_m", "macs": "gmacs"}
 BASELINES = ("params", "macs", "depth", "width")
@@ -57,7 +56,7 @@ def rank_quality(run: RunSettings) -> Study:
         num_classes=run.num_classes,
     )
     space = table_space(networks, run.proxy_img_size)
-    scores, asked, notes = _chosen(options.scores, run, space.decode({ROW: 0}))
+    measured, asked, notes = _chosen(options.scores, run, space.decode({ROW: 0}))
     phases = [
         Phase(
             name=name,
@@ -67,7 +66,7 @@ def rank_quality(run: RunSettings) -> Study:
             propose=grid([{ROW: row} for row in range(len(networks))]),
             plan=f"{len(networks)} networks of the table, each scored once",
         )
-        for name, metrics in scores.items()
+        for name, metrics in measured.items()
     ]
     question = Question(
         kind="rank_quality",
@@ -107,7 +106,11 @@ def _chosen(text: str, run: RunSettings, first: Candidate) -> tuple[dict[str, li
     An evaluator's phase lists all of its metrics, so that it is the same phase whichever of them are asked for. The costs are always
     measured: size is what scores are compared at.
     """
-    offered = _offered()
+    by_metric = scores()
+    # Costs first, as every view shows them.
+    offered = {
+        metric: by_metric[metric] for metric in sorted(by_metric, key=lambda name: (by_metric[name] != "cost", by_metric[name], name))
+    }
     wanted = [ALIASES.get(name.strip(), name.strip()) for name in text.split(",")]
     takes_all = wanted == [ALL]
     short = {metric: alias for alias, metric in ALIASES.items()}
@@ -125,19 +128,8 @@ def _chosen(text: str, run: RunSettings, first: Candidate) -> tuple[dict[str, li
             continue
         asked[short.get(name, name)] = name
         evaluators_asked[evaluator] = None
-    scores = {evaluator: [metric for metric, by in offered.items() if by == evaluator] for evaluator in evaluators_asked}
-    return scores, asked, notes
-
-
-def _offered() -> dict[str, str]:
-    """Every score that needs no training, and the evaluator that measures it."""
-    offered: dict[str, str] = {}
-    for name in evaluators.names():
-        declared = evaluators.get(name)
-        if declared.subject == "proxy" or name == "cost":
-            names = {metric.name for metric in declared.metrics}
-            offered |= {metric: name for metric in names if not any(metric == stderr_name(other) for other in names)}
-    return {metric: offered[metric] for metric in sorted(offered, key=lambda metric: (offered[metric] != "cost", offered[metric], metric))}
+    measured = {evaluator: [metric for metric, by in offered.items() if by == evaluator] for evaluator in evaluators_asked}
+    return measured, asked, notes
 
 
 def _why_not(call: Call, first: Candidate) -> str:
