@@ -17,7 +17,7 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
-from results.records import Failure, Measurement, Outcome
+from results.records import DETERMINISTIC_FAILURES, Failure, Measurement, Outcome
 from results.tracking import Tracker, TrialRecord
 from search.interruption import Interruption
 from search.lock import Hold
@@ -280,7 +280,10 @@ class PhaseLoop:
         else:
             self.study.tell(asked.trial, state=TrialState.FAIL)
             self._tally.count("FAIL")
-            self.progress.say(f"trial {asked.trial.number} failed ({outcome.kind}): {outcome.message}")
+            if self._is_data(outcome):
+                self._warn_once(f"{outcome.kind}: {outcome.message}")
+            else:
+                self.progress.say(f"trial {asked.trial.number} failed ({outcome.kind}): {outcome.message}")
             self._stop_after_failures(outcome)
 
     def _fail_unrecorded(self, trial: optuna.Trial, error: SpecError) -> None:
@@ -289,7 +292,12 @@ class PhaseLoop:
         self._tally.count("FAIL")
         self._stop_after_failures(Failure(kind="illegal", message=str(error)))
 
+    def _is_data(self, failure: Failure) -> bool:
+        return self.phase.failures_are_data and failure.kind in DETERMINISTIC_FAILURES
+
     def _stop_after_failures(self, last: Failure) -> None:
+        if self._is_data(last):
+            return
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
             stopped = f"{self.study.study_name} stopped after {self._failures_in_a_row} failures in a row; the last:"

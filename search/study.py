@@ -150,7 +150,8 @@ class Phase:
     Either a `strategy` proposes `num_trials` trials one by one, or `propose` makes a proposer that works in rounds and
     ends by itself, from what the earlier phases found. `needs` says which trials of earlier phases the evaluators are given.
     `resources` are what each trial takes; None takes what the evaluators declare, with the user's GPUs and processes for those that
-    can use them. `plan` says what a proposer will do, and its limits.
+    can use them. `plan` says what a proposer will do, and its limits. Where `failures_are_data`, a network that cannot be measured is a
+    result like any other, and many of them in a row do not stop the phase.
     """
 
     name: str
@@ -164,6 +165,7 @@ class Phase:
     needs: tuple[Need, ...] = ()
     resources: Resources | None = None
     plan: str = ""
+    failures_are_data: bool = False
 
     def __post_init__(self) -> None:
         if (self.strategy is None) == (self.propose is None):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TRIVIAL = (*COST_METRICS, "width", "kernel_product", "closed_form")
 WIDTH = 80
 SHOWN_REGRET = 5
+SUMMARY = ("tau", "low", "high", "tau_equal_size", "partial_tau", "regret_at_5", "seconds_per_network")
 
 
 def answer(results: StudyResults, parameters: Mapping[str, Any]) -> Answer:
@@ -33,6 +34,7 @@ def answer(results: StudyResults, parameters: Mapping[str, Any]) -> Answer:
     target, scores = parameters["target"], parameters["scores"]
     frame = _networks(results, parameters)
     found = {name: metric for name, metric in scores.items() if metric in frame}
+    absent = [name for name in scores if name not in found]
     named = frame.rename(columns={metric: name for name, metric in found.items() if name != metric})
     sizes = {metric: name for name, metric in found.items()}
     verdict = judge(
@@ -47,9 +49,9 @@ def answer(results: StudyResults, parameters: Mapping[str, Any]) -> Answer:
     table = _table(verdict, costs)
     return Answer(
         title=f"How well scores rank {verdict.num_networks} trained networks by {target}",
-        text=_text(verdict, costs),
+        text=_text(verdict, costs, absent),
         table=table,
-        summary=_summary(verdict, costs),
+        summary=_summary(verdict, costs) | {name: dict.fromkeys(SUMMARY) for name in absent},
         figure=figure.page_figure(verdict),
         legend=tuple(("circle", colour, title) for title, _, colour in figure.SERIES),
         draw=partial(figure.write_png, verdict),
@@ -113,7 +115,7 @@ def _summary(verdict: Verdict, costs: Mapping[str, tuple[float, int]]) -> dict[s
     }
 
 
-def _text(verdict: Verdict, costs: Mapping[str, tuple[float, int]]) -> str:
+def _text(verdict: Verdict, costs: Mapping[str, tuple[float, int]], absent: Sequence[str]) -> str:
     share = f"{EQUAL_SIZE:.0%}"
     lines = [
         f"{'':<16}{'all pairs':^18}{'at equal size':^18}{'given size':^18}{'regret':>10}",
@@ -129,6 +131,7 @@ def _text(verdict: Verdict, costs: Mapping[str, tuple[float, int]]) -> str:
         f"held fixed. Regret: how far the best of the {SHOWN_REGRET} best-scored lies below the best network, in {verdict.target}.",
         *_verdict_in_words(verdict),
         *_costs_in_words(costs),
+        *([f"No network has {', '.join(absent)}: what failed is in MLflow, with its reason."] if absent else []),
     ]
     return "\n".join([*lines, "", *(textwrap.fill(note, WIDTH) for note in notes)])
 

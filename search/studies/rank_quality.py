@@ -65,6 +65,7 @@ def rank_quality(run: RunSettings) -> Study:
             objectives=tuple(metrics),
             propose=grid([{ROW: row} for row in range(len(networks))]),
             plan=f"{len(networks)} networks of the table, each scored once",
+            failures_are_data=True,
         )
         for name, metrics in measured.items()
     ]
