@@ -112,6 +112,14 @@ def test_ten_failures_in_a_row_stop_the_phase_with_the_last_traceback(tmp_path: 
     assert len(list(tmp_path.iterdir())) == MAX_FAILURES_IN_A_ROW
 
 
+def test_a_phase_whose_failures_are_data_measures_every_point(tmp_path: Path):
+    points = [{"num_classes": number} for number in range(1, MAX_FAILURES_IN_A_ROW + 4)]
+    proposing = {"strategy": None, "num_trials": None, "propose": lambda phases: Grid(points)}
+    phase = make_phase(faulty.FaultySettings(behaviour="raise"), space=small_space(len(points)), failures_are_data=True, **proposing)
+    study, _ = run(phase, tmp_path, proposer=Grid(points))
+    assert states(study) == ["FAIL"] * len(points)
+
+
 def test_a_value_that_is_not_finite_is_a_failure(tmp_path: Path):
     study, _ = run(make_phase(faulty.FaultySettings(behaviour="nan", every=2)), tmp_path)
     kinds = {trial.user_attrs["result"].get("failure") for trial in study.trials if trial.state == TrialState.FAIL}
