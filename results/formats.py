@@ -49,6 +49,8 @@ def format_loss_fall(row: Mapping[Any, Any]) -> str:
     """How much a level's training loss still fell, in nats, and the conclusion if it had not converged; `-` if it was not kept."""
     if math.isnan(row["loss_fall"]):
         return "-"
+    if math.isinf(row["loss_fall"]):
+        return "too few epochs to tell"
     # Adding 0 takes the sign off a zero.
     return f"{round(row['loss_fall'], 2) + 0:.2f}" + ("" if row["is_converged"] else ", not converged")
 

@@ -514,14 +514,12 @@ def read_study(uri: str, study_name: str) -> StudyRuns:
     return StudyRuns(uri=uri, study_name=study_name, client=client, parents=parents, trials=trials)
 
 
-def read_candidates(runs: StudyRuns, digests: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The candidates of a study's runs as they were recorded, by the digest of their model, for those of `digests` that are there."""
-    found: dict[str, dict[str, Any]] = {}
-    for run in runs.trials:
-        digest = run.data.tags["digest"]
-        if digest in digests and digest not in found and (text := read_artifact(runs.client, run, CANDIDATE_FILE)):
-            found[digest] = json.loads(text)
-    return found
+def read_candidate(runs: StudyRuns, run: Run) -> dict[str, Any]:
+    """The candidate of one of a study's runs as it was recorded; raises UnreadableStudy if its file is gone."""
+    text = read_artifact(runs.client, run, CANDIDATE_FILE)
+    if not text:
+        raise UnreadableStudy(f"run {run.info.run_id} of study {runs.study_name!r} has no {CANDIDATE_FILE}")
+    return json.loads(text)
 
 
 def find_candidate(uri: str, digest: str) -> dict[str, Any] | None:

@@ -33,8 +33,8 @@ class StudyReport:
     @property
     def summary(self) -> dict[str, Any]:
         """The result for a script, as JSON: the answer to the study's question, else what ranks first in each phase."""
-        if self.answer:
-            return dict(self.answer.summary)
+        if self.answer or self.answer_failure:
+            return dict(self.answer.summary) if self.answer else {}
         return {phase: self.results.first(phase) for phase in self.results.phases}
 
     def without_effects(self, error: Exception) -> StudyReport:

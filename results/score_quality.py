@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from results.formats import MIN_NETWORKS
 from results.rank_quality import kendall_tau
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
 EQUAL_SIZE = 0.10
 """Two networks are of equal size if their parameters differ by at most this share of the larger."""
 TOP_K = (1, 5, 10)
-MIN_NETWORKS = 10
 MAX_NETWORKS = 1000
 """Of a longer table a random part of this size is drawn for every number that looks at pairs."""
 NUM_RESAMPLES = 1000
+NUM_GAIN_RESAMPLES = 10_000
+"""Bonferroni's correction asks for quantiles further out than a thousand draws hold."""
 CONFIDENCE = 0.95
 NUM_FOLDS, NUM_REPEATS = 10, 20
 
@@ -82,10 +84,11 @@ class Combination:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """All scores on one target, and the best trivial baseline at equal size."""
+    """All scores on one target, and the best trivial baseline at equal size; pairs are those of `num_compared` random networks."""
 
     target: str
     num_networks: int
+    num_compared: int
     num_equal_pairs: int
     qualities: tuple[ScoreQuality, ...]
     best_baseline: str
@@ -99,8 +102,8 @@ class Verdict:
 class _Draws:
     """Bootstrap draws of networks, `(R, n)` counts, and sums over pairs weighted by them."""
 
-    def __init__(self, n: int, seed: int):
-        self._counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=NUM_RESAMPLES).T.astype(np.float32)
+    def __init__(self, n: int, seed: int, num_resamples: int = NUM_RESAMPLES):
+        self._counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=num_resamples).T.astype(np.float32)
 
     def sums(self, pairs: np.ndarray) -> np.ndarray:
         """The sum over all pairs, then that of each resample: `(n, n) -> (1 + R,)`."""
@@ -191,23 +194,26 @@ def judge(
         raise ValueError(f"{len(frame)} networks have {target}; at least {MIN_NETWORKS} are needed to judge a score")
     if len(np.unique(frame[target].to_numpy(float))) < 2:
         raise ValueError(f"{target} is {frame[target].iloc[0]:g} for every network; there is nothing to rank")
+    whole = frame
     if len(frame) > MAX_NETWORKS:
         frame = frame.sample(MAX_NETWORKS, random_state=seed)
-    level = 1 - (1 - CONFIDENCE) / max(1, sum(score not in trivial for score in scores))
     taus = {name: _equal_size_taus(frame, name, target, params, seed) for name in scores}
-    baselines = [name for name in scores if name in trivial and math.isfinite(taus[name][0])]
-    best = max(baselines, key=lambda name: taus[name][0], default="")
+    defined = [name for name in scores if math.isfinite(taus[name][0])]
+    level = 1 - (1 - CONFIDENCE) / max(1, sum(name not in trivial for name in defined))
+    best = max((name for name in defined if name in trivial), key=lambda name: taus[name][0], default="")
     qualities = []
     for name in scores:
         rows = frame.dropna(subset=[name])
         gain, beats = None, False
-        if name not in trivial and best and len(rows) >= MIN_NETWORKS:
-            difference = _equal_size_taus(rows, name, target, params, seed) - _equal_size_taus(rows, best, target, params, seed)
-            gain, beats = estimate(difference), estimate(difference, level).low > 0
-        qualities.append(_quality(rows, name, target, (params, macs), taus[name], name in trivial, gain, beats, seed))
+        if name in defined and name not in trivial and best:
+            one, other = (_equal_size_taus(rows, score, target, params, seed, NUM_GAIN_RESAMPLES) for score in (name, best))
+            gain, beats = estimate(one - other), estimate(one - other, level).low > 0
+        quality = _quality(rows, name, target, (params, macs), taus[name], name in trivial, gain, beats, seed)
+        qualities.append(_with_regret_of(quality, whole.dropna(subset=[name]), target))
     return Verdict(
         target=target,
-        num_networks=len(frame),
+        num_networks=len(whole),
+        num_compared=len(frame),
         num_equal_pairs=int(equal_size_pairs(frame[params].to_numpy(float)).sum()) // 2,
         qualities=tuple(qualities),
         best_baseline=best,
@@ -215,13 +221,24 @@ def judge(
     )
 
 
-def _equal_size_taus(frame: pd.DataFrame, score: str, target: str, params: str, seed: int) -> np.ndarray:
+def _with_regret_of(quality: ScoreQuality, rows: pd.DataFrame, target: str) -> ScoreQuality:
+    """The quality with the regret over all networks, of which pairs are perhaps those of a part."""
+    if len(rows) == quality.num_networks:
+        return quality
+    score, measured = rows[quality.score].to_numpy(float), rows[target].to_numpy(float)
+    regret = {k: replace(found, value=regret_at(k, score, measured)) for k, found in quality.regret.items()}
+    return replace(quality, num_networks=len(rows), regret=regret)
+
+
+def _equal_size_taus(
+    frame: pd.DataFrame, score: str, target: str, params: str, seed: int, num_resamples: int = NUM_RESAMPLES
+) -> np.ndarray:
     rows = frame.dropna(subset=[score])
     if len(rows) < MIN_NETWORKS:
-        return np.full(1 + NUM_RESAMPLES, np.nan)
+        return np.full(1 + num_resamples, np.nan)
     equal = equal_size_pairs(rows[params].to_numpy(float))
     x, y = (signs(rows[name].to_numpy(float)) * equal for name in (score, target))
-    return _taus(x, y, _Draws(len(rows), seed))
+    return _taus(x, y, _Draws(len(rows), seed, num_resamples))
 
 
 def _quality(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from search.arguments import (
     runs_folder,
 )
 from search.interruption import Interruption
+from search.named_models import named_model
 from search.study import RunSettings, studies
 from space import catalog
 from space.component import KINDS, components
@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from space.weights import Weights
     from workers.data import DataSet
     from workers.evaluator import Call
-
-MIN_DIGITS = 4
-"""Of a digest, to be taken for one."""
 
 
 def list_all(argv: list[str]) -> int:
@@ -115,6 +112,13 @@ def describe(argv: list[str]) -> int:
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
+    if not path.parent.is_dir():
+        raise SpecError(f"--out {path}: there is no folder {path.parent}")
+    if path.exists():
+        try:
+            catalog.resolve(str(path))
+        except SpecError as error:
+            raise SpecError(f"--out {path} exists and is no model ({error}); it is left as it is") from error
     try:
         write_json_atomically(path, data)
     except (OSError, ValueError) as error:
@@ -188,6 +192,7 @@ def evaluate_model(argv: list[str]) -> int:
         "device": outcome.device,
         "versions": dict(outcome.versions),
         "seed": outcome.seed,
+        "warnings": list(outcome.warnings),
         "num_threads": outcome.num_threads,
         "evaluators": {call.name: call.to_json()["settings"] for call in calls},
         **({"weights": weights.to_json()} if weights else {}),
@@ -265,19 +270,8 @@ def run_a_study(study: str, argv: list[str]) -> int:
 
 
 def resolve_model(text: str, args: argparse.Namespace) -> Model:
-    """The spec that `text` names: of the catalogue, a method's string, a file, or a leaderboard entry by its digest."""
-    is_digest = re.fullmatch(f"[0-9a-f]{{{MIN_DIGITS},16}}", text) and text not in catalog.names() and not Path(text).is_file()
-    if is_digest:
-        from results.mlflow_store import check_tracking, find_candidate
-        from space.model import model_from_json
-
-        uri = args.tracking_uri or RunPaths(runs_folder(args.runs)).mlflow_uri
-        check_tracking(uri)
-        candidate = find_candidate(uri, text)
-        if candidate is None:
-            raise SpecError(f"no leaderboard entry has the digest {text!r} in {uri}; --runs or --tracking-uri name another store")
-        return model_from_json(candidate["model"])
-    return catalog.resolve(text)
+    """The spec that `text` names, with the leaderboard entries of the store that the flags name."""
+    return named_model(text, args.tracking_uri or RunPaths(runs_folder(args.runs)).mlflow_uri)
 
 
 def _refuse_settings_of_others(settings: RunSettings, names: list[str]) -> None:

@@ -109,7 +109,7 @@ def _kinds_of(block: BlockSpec) -> tuple[str, ...]:
 
 
 def _line(kind: str, text: str, indent: int = 0) -> str:
-    return f"{'':{indent}}  {kind:{16 - indent // 2}}{text}"
+    return f"{'':{indent}}  {kind:{18 - indent // 2}}{text}"
 
 
 def _row(name: str, counted: Cost) -> str:

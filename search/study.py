@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from results.answers import Question
 from results.records import Metric
 from search.budget import UNLIMITED, Budget
+from search.named_models import named_model
 from search.strategy import Problem, Proposer, strategies
 from space.model import Model
 from space.recipe import Recipe
@@ -101,6 +102,12 @@ class RunSettings:
         """The classes of the networks of a study that has `own` where nothing says otherwise, and had always before `FITTED`."""
         return self.num_classes or own if self.defaults >= FITTED else own
 
+    def model(self, text: str) -> Model:
+        """The model that a flag names, with its own image size and classes; raises SpecError for what names none."""
+        from results.paths import RunPaths
+
+        return named_model(text, self.tracking_uri or RunPaths(self.runs).mlflow_uri)
+
     def weights_for(self, model: Model, name: str) -> Weights | None:
         """What the network that the user calls `name` starts from; raises ValueError for a file that is not of this network."""
         if self.weights is None:
@@ -174,6 +181,11 @@ class Phase:
             raise SpecError(f"phase {self.name!r}: a strategy needs num_trials, a proposer ends by itself")
         self._refuse_one_name_for_two_values()
         for name in self.objectives:
+            if name.startswith("test_"):
+                raise SpecError(
+                    f"objective {name}: test images are for what is reported, and a selection that looks at them makes that too good; "
+                    f"take val_{name.removeprefix('test_')}"
+                )
             if name not in self.metrics:
                 measuring = ", ".join(call.name for call in self.evaluators)
                 raise unknown_name("objective", name, self.metrics, f"phase {self.name!r}, which measures by {measuring}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,26 @@ def read_table(
         networks = tuple(_of_study(location.removeprefix(STUDY), target, tracking_uri, img_size))
     else:
         read = _reader(family, img_size, num_classes)
-        networks = tuple(_of_line(where, text, target, read) for where, text in _lines(Path(location)))
+        resize = partial(resized, img_size=img_size, num_classes=num_classes)
+        networks = tuple(_of_line(where, text, target, read, resize) for where, text in _lines(Path(location)))
+    _refuse_repetitions(networks, location)
     values = {network.target for network in networks}
     if len(values) == 1:
         raise SpecError(f"{location}: {target} is {values.pop():g} in all {len(networks)} rows; there is nothing to rank")
     return networks
+
+
+def _refuse_repetitions(networks: tuple[TrainedNetwork, ...], location: str) -> None:
+    """A network that stands there twice would count as two that agree."""
+    first: dict[str, str] = {}
+    for network in networks:
+        if (earlier := first.setdefault(network.model.digest, network.id)) != network.id:
+            raise SpecError(f"{location}: {earlier} and {network.id} are one network, {network.model.digest[:8]}; a table has each once")
+    if len(first) < len(networks):
+        ids = Counter(network.id for network in networks)
+        raise SpecError(
+            f"{location}: {ids.most_common(1)[0][0]} stands there {ids.most_common(1)[0][1]} times; a table has each network once"
+        )
 
 
 def digest_of_networks(networks: tuple[TrainedNetwork, ...]) -> str:
@@ -80,7 +97,7 @@ def _reader(family: str, img_size: int | None, num_classes: int | None) -> Calla
     return lambda arch: tables[family](arch, img_size=img_size or DEFAULT_IMG_SIZE, num_classes=num_classes or DEFAULT_NUM_CLASSES)
 
 
-def _of_line(where: str, text: str, target: str, read: Callable[[Any], Model]) -> TrainedNetwork:
+def _of_line(where: str, text: str, target: str, read: Callable[[Any], Model], resize: Callable[[Model], Model]) -> TrainedNetwork:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
@@ -98,24 +115,40 @@ def _of_line(where: str, text: str, target: str, read: Callable[[Any], Model]) -
     try:
         if "arch" in row and not isinstance(row["arch"], Mapping):
             raise SpecError(f"arch is {row['arch']!r}; an object is expected")
-        model = read(row["arch"]) if "arch" in row else model_from_json(row["spec"])
+        model = read(row["arch"]) if "arch" in row else resize(model_from_json(row["spec"]))
     except SpecError as error:
         raise SpecError(f"{where}: {error}") from error
     return TrainedNetwork(id=str(row["id"]), model=model, target=float(value))
 
 
 def _of_study(name: str, target: str, tracking_uri: str, img_size: int | None) -> Iterator[TrainedNetwork]:
-    from results.mlflow_store import read_candidates, read_study
+    from results.mlflow_store import read_candidate, read_study
 
     runs = read_study(tracking_uri, name)
     measured: dict[str, list[float]] = {}
+    candidates: dict[str, dict[str, Any]] = {}
+    ways: dict[str, set[str]] = {}
     for run in runs.trials:
         if run.info.status == "FINISHED" and target in run.data.metrics:
-            measured.setdefault(run.data.tags["digest"], []).append(run.data.metrics[target])
+            digest, candidate = run.data.tags["digest"], read_candidate(runs, run)
+            measured.setdefault(digest, []).append(run.data.metrics[target])
+            candidates.setdefault(digest, candidate)
+            ways.setdefault(digest, set()).add(_way(run.data.tags["phase"], candidate))
     if not measured:
         known = {metric for run in runs.trials for metric in run.data.metrics if "/" not in metric}
         raise SpecError(f"--table {STUDY}{name}: {unknown_name('target', target, known)}")
-    for digest, candidate in read_candidates(runs, measured).items():
-        model = resized(model_from_json(candidate["model"]), img_size=img_size)
-        values = measured[digest]
-        yield TrainedNetwork(id=candidate.get("label") or digest, model=model, target=sum(values) / len(values))
+    for digest, found in ways.items():
+        if len(found) > 1:
+            raise SpecError(
+                f"--table {STUDY}{name}: network {digest[:8]} was measured in {len(found)} ways (phase, recipe, weights, settings), "
+                "and a table has one; name a study that treats every network alike"
+            )
+    for digest, values in measured.items():
+        model = resized(model_from_json(candidates[digest]["model"]), img_size=img_size)
+        yield TrainedNetwork(id=candidates[digest].get("label") or digest, model=model, target=sum(values) / len(values))
+
+
+def _way(phase: str, candidate: Mapping[str, Any]) -> str:
+    """How a network was measured, whatever the seed."""
+    recipe = {field: value for field, value in candidate.get("recipe", {}).items() if field != "seed"}
+    return json.dumps([phase, recipe, candidate.get("weights"), candidate.get("settings")], sort_keys=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from space.component import TokenShape
 from space.layout import layout
 from space.registry import SpecError
-from space.spec import ArchSpec
+from space.spec import ArchSpec, Component
 
 SHOWN_PROBLEMS = 4
 
@@ -74,7 +74,8 @@ def fit_to_arch(spec: ArchSpec, tensors: Mapping[str, Tensor], stored: ArchSpec 
     replaced = replace_classifier(fitted, own, ("head.",))
     changes = [
         *replaced,
-        *_replace_pooling(fitted, own),
+        *(_replace_pooling(fitted, own) or _other_parts(stored, spec, "pooling")),
+        *_other_parts(stored, spec, "token_reduction"),
         *_resample_positions(spec, fitted, own),
         *_resample_patches(fitted, own),
     ]
@@ -88,6 +89,18 @@ def _unseen_difference(there: ArchSpec, here: ArchSpec) -> str:
     theirs, ours = ({part.path: part.component for part in layout(spec) if part.kind in FREE_OF_SHAPE} for spec in (there, here))
     paths = [path for path in ours if path in theirs and ours[path] != theirs[path]]
     return f"{paths[0]} is {theirs[paths[0]]} there and {ours[paths[0]]} here" if paths else ""
+
+
+def _other_parts(there: ArchSpec | None, here: ArchSpec, kind: str) -> list[str]:
+    """A sentence if the parts of a kind without tensors differ, which is as it may be, and changes what the network gives."""
+    if there is None:
+        return []
+    theirs, ours = ([part.component for part in layout(spec) if part.kind == kind] for spec in (there, here))
+    return [f"{kind} is {_listed(theirs)} there and {_listed(ours)} here"] if theirs != ours else []
+
+
+def _listed(components: Sequence[Component]) -> str:
+    return " ".join(dict.fromkeys(map(str, components))) or "none"
 
 
 def differences(given: Mapping[str, Tensor], own: Mapping[str, Tensor], *, fresh: tuple[str, ...]) -> str:

@@ -108,6 +108,7 @@ def test_a_study_that_was_made_with_the_old_defaults_keeps_them(tmp_path: Path):
         study = make(run={"defaults": defaults})
         recipe = candidate(study, "mixing", "none").recipe
         assert recipe.to_json() == old
+        assert candidate(study, "mixing", "mixpro").recipe.mixing == "mixpro_hard"
         settings = RunSettings(study="ablations", runs=tmp_path / str(defaults), defaults=defaults, options=AblationOptions())
         phase = study.phase("train")
         open_phase("ablations/train", phase, settings, "digits", open_storage(settings.runs / "optuna.journal"))

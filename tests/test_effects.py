@@ -244,7 +244,7 @@ def test_an_arm_that_still_learns_shows_nothing_and_claims_no_bound():
     assert done["is_shown"].tolist() == [True, False]
     assert done["equivalent"].tolist() == [False, True]
     assert not learns[["is_shown", "no_harm", "equivalent"]].any(axis=None)
-    assert learns["unconverged"].tolist() == ["mixup 0.26", "cutmix 0.26"]
+    assert learns["unconverged"].tolist() == ["mixup 0.26 nats", "cutmix 0.26 nats"]
     better, neither = learns["verdict"]
     nothing = "not converged, so nothing is shown: the training loss still fell"
     assert better.startswith(f"{nothing} (mixup 0.26 nats); after these epochs better by 2.")
@@ -257,7 +257,7 @@ def test_one_arm_that_still_learns_is_enough_and_unknown_arms_are_unknown():
     trials = cells({"none": 0, "mixup": 1, "cutmix": 1}, 6)
     plan = design(Contrast(factor="mixing", levels=("mixup", "cutmix"), baseline="none", outcome="top1_pct", is_primary=True))
     of_one = effects_table(learning(trials, none=DONE, mixup=DONE, cutmix=STILL_LEARNING), plan, num_resamples=200).iloc[0]
-    assert (of_one["is_converged"], of_one["unconverged"]) == (False, "cutmix 0.26")
+    assert (of_one["is_converged"], of_one["unconverged"]) == (False, "cutmix 0.26 nats")
     partly = effects_table(learning(trials, none=DONE, mixup=STILL_LEARNING), plan, num_resamples=200)
     assert partly["is_converged"].tolist() == [False]
     partly = effects_table(learning(trials, none=DONE, mixup=DONE), plan, num_resamples=200)

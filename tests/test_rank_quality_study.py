@@ -103,7 +103,7 @@ def test_all_takes_every_score_that_the_networks_can_have(
     from search.studies import rank_quality
     from search.study import RunSettings
 
-    networks = written(tmp_path / "table.jsonl", rows(3))
+    networks = written(tmp_path / "table.jsonl", rows(10))
     settings = RunSettings(
         study="rank_quality",
         runs=tmp_path,
@@ -154,6 +154,8 @@ def test_a_wrong_row_is_named_in_one_line_before_any_work(row: Any, message: str
         (["--table", "{table}", "--target", "by_nsc", "--scores", "nsd"], "unknown score 'nsd'"),
         (["--table", "{table}", "--target", "by_nsc", "--scores", "closed_form"], "--scores closed_form: the closed form holds for As-ViT"),
         (["--table", "{table}", "--target", "by_nsc", "--trials", "3"], "--trials means nothing here"),
+        (["--table", "{short}", "--target", "by_nsc"], "has 9 networks; at least 10 are needed"),
+        (["--table", "{twice}", "--target", "by_nsc"], "net-0 stands there 2 times; a table has each network once"),
         (["--table", "study:none", "--target", "by_nsc"], "no MLflow store"),
     ],
 )
@@ -162,7 +164,23 @@ def test_flags_that_cannot_work_are_one_line(flags: list[str], message: str, tmp
     for row in table:
         row["targets"]["constant"] = 1
     path = written(tmp_path / "table.jsonl", table)
-    assert main(["rank_quality", "--runs", str(tmp_path / "runs"), *(flag.format(table=path) for flag in flags)]) == 2
+    short, twice = written(tmp_path / "short.jsonl", table[:9]), written(tmp_path / "twice.jsonl", [*table, table[0]])
+    assert (
+        main(["rank_quality", "--runs", str(tmp_path / "runs"), *(flag.format(table=path, short=short, twice=twice) for flag in flags)])
+        == 2
+    )
     told = capsys.readouterr()
     assert message in told.err
     assert len(told.err.splitlines()) == 1
+
+
+def test_a_study_that_measured_a_network_in_several_ways_is_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    table = written(tmp_path / "table.jsonl", rows(12))
+    assert run(tmp_path, table, "by_nsc", "--name", "first", "--scores", "params") == 0
+    assert run(tmp_path, "study:first", "params_m", "--name", "second", "--scores", "nsc") == 0
+    # Parameters are measured in phase `cost` of one study; a free evaluator beside another phase would measure them again.
+    runs = tmp_path / "runs"
+    assert main(["compose", "--model", "vit_digits", "--axis", "recipe.lr=1e-4,1e-3", "--evaluators", "cost", "--runs", str(runs)]) == 0
+    capsys.readouterr()
+    assert run(tmp_path, "study:compose", "params_m", "--name", "third") == 2
+    assert "was measured in 2 ways (phase, recipe, weights, settings)" in capsys.readouterr().err

@@ -69,6 +69,9 @@ class Job:
             if recipe.ema_decay:
                 # Moving averages without a warm-up were measured under the shorter key.
                 identity.append({"ema": "warm-up"})
+            if recipe.mixing == "mixpro" and recipe.label_smoothing:
+                # Its labels were hard once, whatever the recipe's smoothing.
+                identity.append({"mixpro": "smoothed"})
         if (weights := self.candidate.weights) is not None:
             identity.append({"weights": weights.identity})
         if self.resources.processes > 1:

@@ -129,6 +129,7 @@ def _text(verdict: Verdict, costs: Mapping[str, tuple[float, int]], absent: Sequ
         "(t) costs nothing to know. Kendall's tau-b, 95 % bootstrap interval over networks. "
         f"At equal size: the {verdict.num_equal_pairs:,} pairs whose parameters differ by at most {share}. Given size: parameters and MACs "
         f"held fixed. Regret: how far the best of the {SHOWN_REGRET} best-scored lies below the best network, in {verdict.target}.",
+        *_subset_in_words(verdict),
         *_verdict_in_words(verdict),
         *_costs_in_words(costs),
         *([f"No network has {', '.join(absent)}: what failed is in MLflow, with its reason."] if absent else []),
@@ -154,6 +155,13 @@ def _shown(found: Estimate) -> str:
 def _short(value: float) -> str:
     """`+.60`, and `+1.0`: never more than four characters."""
     return f"{value:+.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:+.1f}"
+
+
+def _subset_in_words(verdict: Verdict) -> list[str]:
+    if verdict.num_compared == verdict.num_networks:
+        return []
+    pairs = f"Pairs are those of {verdict.num_compared:,} networks drawn at random"
+    return [f"{pairs}; regret is over all {verdict.num_networks:,}, its interval not."]
 
 
 def _verdict_in_words(verdict: Verdict) -> list[str]:

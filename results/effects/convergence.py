@@ -24,9 +24,12 @@ MIN_EPOCHS = 8
 
 
 def loss_fall(losses: Sequence[float] | np.ndarray) -> float:
-    """By how many nats the mean loss of the last quarter of the epochs `(E,)` is below that of the quarter before; nan if E is small."""
+    """By how many nats the mean loss of the last quarter of the epochs `(E,)` is below that of the quarter before.
+
+    It is infinite for fewer than `MIN_EPOCHS`: no training that short is taken to have converged.
+    """
     losses = np.asarray(losses, dtype=float)
     quarter = len(losses) // 4
     if len(losses) < MIN_EPOCHS:
-        return math.nan
+        return math.inf
     return float(losses[-2 * quarter : -quarter].mean() - losses[-quarter:].mean())

@@ -178,7 +178,7 @@ def _row(tested: _Tested, contrast: Contrast, outcome: Metric, design: Design) -
         "family_size": design.family_size(contrast, outcome.name),
         "is_primary": contrast.is_primary and is_own,
         "is_converged": False if unconverged else None if math.isnan(sum(falls.values())) else True,
-        "unconverged": ", ".join(f"{level} {fall:.2f}" for level, fall in unconverged.items()),
+        "unconverged": ", ".join(f"{level} {_fall_text(fall)}" for level, fall in unconverged.items()),
         "rejected": False,
         "is_shown": False,
         "margin": design.margin_pct if unit == "points" else math.nan,
@@ -279,3 +279,7 @@ def levels_table(cells: Iterable[Cell], design: Design, *, absent: Mapping[CellK
 
 def _majority_pct(labels: np.ndarray) -> float:
     return 100.0 * float(np.unique(labels, return_counts=True)[1].max()) / len(labels)
+
+
+def _fall_text(fall: float) -> str:
+    return f"{fall:.2f} nats" if math.isfinite(fall) else "in too few epochs to tell"

@@ -47,7 +47,7 @@ def _finding(row: Mapping[str, Any]) -> list[str]:
     equivalent = f"no difference of more than {margin}: {narrow}"
     if row["is_converged"] is False:
         parts = [
-            f"not converged, so nothing is shown: the training loss still fell ({row['unconverged']} nats)",
+            f"not converged, so nothing is shown: the training loss still fell ({row['unconverged']})",
             f"after these epochs {better} by {size}, {interval}, {test}",
         ]
     elif row["is_shown"]:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 from results.records import Metric
 from search.fixed_points import grid
 from search.study import CONVERGING, FineTuning, Need, Phase, RunSettings, SettingsError, Study, study
-from space import catalog
 from space.model import Model, as_arch, require_arch, resized, supports_class_row, token_size
 from space.recipe import Recipe
 from space.registry import SpecError, unknown_name
@@ -141,7 +140,8 @@ def ablations(run: RunSettings) -> Study:
     reference = reference_candidate(run, options)
     levels, notes = chosen_levels(options, reference.model)
     seeds = _seeds(run.seed, options.seeds)
-    space = ablation_space(reference, LEVELS)
+    # What `mixpro` meant when the study was created.
+    space = ablation_space(reference, LEVELS, mixpro="mixpro" if run.defaults >= CONVERGING else "mixpro_hard")
     phases = [
         Phase(
             name="train",
@@ -203,7 +203,7 @@ def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate
     converges = is_digits and run.defaults >= CONVERGING
     epochs = options.epochs or (60 if converges else 20)
     name = options.model or ("vit_digits" if is_digits else "vit_cifar")
-    model = resized(catalog.resolve(name), img_size=run.img_size, num_classes=run.num_classes)
+    model = resized(run.model(name), img_size=run.img_size, num_classes=run.num_classes)
     # Trained from fresh weights, a subnet is its architecture, and its parts may be exchanged.
     arch = as_arch(model)
     if arch is not None and arch.prefix is not None and arch.prefix.name == "class_token":
@@ -264,8 +264,11 @@ def _why_not(factor: str, level: str, model: Model) -> str | None:
     return None
 
 
-def ablation_space(reference: Candidate, factors: Mapping[str, Sequence[str]]) -> SearchSpace:
-    """A cell is `factor`, the level on the axis of that name, and `seed`; every known level is in it, so any study can grow."""
+def ablation_space(reference: Candidate, factors: Mapping[str, Sequence[str]], *, mixpro: str = "mixpro") -> SearchSpace:
+    """A cell is `factor`, the level on the axis of that name, and `seed`; every known level is in it, so any study can grow.
+
+    `mixpro` is the mixing of the level of that name.
+    """
     assert reference.recipe is not None
     base = reference.recipe
 
@@ -277,7 +280,7 @@ def ablation_space(reference: Candidate, factors: Mapping[str, Sequence[str]]) -
             arch = require_arch(model, "factor pooling")
             model = replace(arch, pooling=_pooling(level, arch))
         elif factor == "mixing":
-            recipe = replace(recipe, mixing=level)
+            recipe = replace(recipe, mixing=mixpro if level == "mixpro" else level)
         elif factor == "optimizer":
             scale = LR_SCALES[level]
             recipe = replace(

@@ -24,7 +24,6 @@ from search.strategy import strategies
 from search.studies.ablations import AblationOptions, reference_candidate
 from search.studies.tune import EPOCHS_AXIS, REDUCTION, halving_plan, rungs_of, stopping
 from search.study import Options, Phase, RunSettings, SettingsError, Study, study
-from space import catalog
 from space.model import resized
 from space.recipe import Recipe, parse_recipe_fields
 from space.registry import SpecError, unknown_name
@@ -76,7 +75,7 @@ def compose(run: RunSettings) -> Study:
         raise SettingsError(f"compose needs an axis, {EXAMPLE}")
     calls = run.calls(*(() if run.evaluators else ("train",)))
     reference = reference_candidate(run, AblationOptions(model=options.model))
-    model = resized(catalog.resolve(reference.label), img_size=run.img_size, num_classes=run.num_classes)
+    model = resized(run.model(reference.label), img_size=run.img_size, num_classes=run.num_classes)
     space = composed_space(
         f"compose/{model.digest}",
         model,

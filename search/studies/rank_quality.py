@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from results.answers import Question
+from results.formats import MIN_NETWORKS, count
 from results.paths import RunPaths
 from search.fixed_points import grid
 from search.study import Options, Phase, RunSettings, SettingsError, Study, study
@@ -55,6 +56,10 @@ def rank_quality(run: RunSettings) -> Study:
         img_size=run.img_size,
         num_classes=run.num_classes,
     )
+    if len(networks) < MIN_NETWORKS:
+        raise SettingsError(
+            f"--table {options.table} has {count(len(networks), 'network')}; at least {MIN_NETWORKS} are needed to judge a score"
+        )
     space = table_space(networks, run.proxy_img_size)
     measured, asked, notes = _chosen(options.scores, run, space.decode({ROW: 0}))
     phases = [

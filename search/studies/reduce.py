@@ -17,14 +17,13 @@ each reducer against either baseline and the whole network is Holm-corrected. Ef
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from results.records import Metric
 from search.fixed_points import grid
-from search.study import DEFAULT_DATA, Need, Options, Phase, RunSettings, SettingsError, Study, study
-from space import catalog
+from search.study import DEFAULT_DATA, Need, Options, Phase, RunSettings, SettingsError, Study, flag_of, study
 from space.cost import cost
 from space.model import require_arch, resized
 from space.recipe import Recipe
@@ -44,6 +43,9 @@ METHODS = tuple(name for name in REDUCERS if name != RANDOM)
 BASELINES = (WHOLE, RANDOM, NARROWER)
 LEVELS = (*BASELINES, *METHODS)
 """The choices of the study's axes; they are stored, so they keep their order."""
+
+TRAINING = ("seeds", "epochs", "batch_size", "lr")
+"""The flags that say how networks are trained."""
 
 PROFILED = {"batch_size": "32"}
 """A batch large enough that an operator costs more than its call."""
@@ -78,7 +80,7 @@ class ReduceOptions(Options):
 def reduce(run: RunSettings) -> Study:
     """Compare token reductions without retraining, within equal budgets, with random dropping and narrower networks."""
     options: ReduceOptions = run.options
-    _refuse_flags_without_meaning(run)
+    _refuse_flags_without_meaning(run, options)
     if run.seed + options.seeds > MAX_SEED:
         raise SettingsError(f"--seed {run.seed} and {options.seeds} seeds: seeds go up to {MAX_SEED - 1}")
     plain = plain_network(run, options)
@@ -127,12 +129,18 @@ def _training(networks: Mapping[str, ArchSpec], run: RunSettings, options: Reduc
     )
 
 
-def _refuse_flags_without_meaning(run: RunSettings) -> None:
+def _refuse_flags_without_meaning(run: RunSettings, options: ReduceOptions) -> None:
     for name, flag in (("num_trials", "--trials"), ("strategy", "--strategy"), ("proxy_img_size", "--proxy-img-size")):
         if getattr(run, name) is not None:
             raise SettingsError(f"{flag} means nothing here: --share and --seeds say what is measured")
     if not run.budget.is_empty:
         raise SettingsError(f"{run.budget} means nothing here: --share says what a reduced network may cost")
+    if run.weights is not None:
+        for field in fields(options):
+            if field.name in TRAINING and getattr(options, field.name) != field.default:
+                raise SettingsError(
+                    f"{flag_of(field.name)} {getattr(options, field.name)} means nothing with --weights: nothing is trained"
+                )
 
 
 def model_name(run: RunSettings, options: ReduceOptions) -> str:
@@ -143,8 +151,9 @@ def model_name(run: RunSettings, options: ReduceOptions) -> str:
 def plain_network(run: RunSettings, options: ReduceOptions) -> ArchSpec:
     """The network without reductions; raises SettingsError for one that cannot be reduced."""
     name = model_name(run, options)
-    img_size = run.img_size or (32 if run.data == DEFAULT_DATA and not options.model else None)
-    plain = require_arch(resized(catalog.resolve(name), img_size=img_size, num_classes=run.num_classes), "reduce")
+    # Weights that are there already are those of the network's own size.
+    img_size = run.img_size or (32 if run.data == DEFAULT_DATA and not options.model and run.weights is None else None)
+    plain = require_arch(resized(run.model(name), img_size=img_size, num_classes=run.num_classes), "reduce")
     if len(plain.stages) != 1:
         raise SettingsError(f"--model {name}: networks of one stage can be reduced; this one has {len(plain.stages)}")
     if plain != without_reductions(plain):

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from search.study import FineTuning, Phase, RunSettings, SettingsError, Study, study
-from space import catalog
 from space.model import resized
 from space.randomness import stream
 from space.recipe import Recipe
@@ -91,7 +90,7 @@ def tune(run: RunSettings) -> Study:
 
 def recipe_space(options: TuneOptions, run: RunSettings) -> SearchSpace:
     """Recipes, and after how many epochs their training is looked at."""
-    model = resized(catalog.resolve(options.model), img_size=run.img_size, num_classes=run.num_classes)
+    model = resized(run.model(options.model), img_size=run.img_size, num_classes=run.num_classes)
     weights = run.weights_for(model, options.model)
     base = Recipe(
         epochs=options.epochs,

@@ -48,6 +48,7 @@ from space.registry import SpecError
 from workers.evaluator import Context, EvaluationError, NoSettings, evaluator
 from workers.proxies import (
     BatchSettings,
+    attention_linears,
     blocks,
     eigenvalues,
     feed_forward_linears,
@@ -135,13 +136,15 @@ class Moments:
 
 @torch.no_grad()
 def head_confidence_score(network: nn.Module, images: Tensor) -> float:
-    """head_confidence of images `(B, 3, H, W)`; raises SpecError for a network without `scaled_dot_product_attention`."""
+    """head_confidence of images `(B, 3, H, W)`; raises SpecError for attention outside of `scaled_dot_product_attention`."""
     total = 0.0
+    num_attending = sum(bool(attention_linears(block)) for block in blocks(network, "head_confidence"))
     for (some,) in in_chunks(network, images):
         with _LargestWeights() as seen:
             network(some)
-        if not seen.means:
-            raise SpecError("head_confidence reads scaled_dot_product_attention; this network, ours or timm's, does not call it")
+        if len(seen.means) < max(1, num_attending):
+            told = f"{len(seen.means)} of the {num_attending} blocks with attention of this network, ours or timm's, call it"
+            raise SpecError(f"head_confidence reads scaled_dot_product_attention; {told}")
         total += sum(seen.means) * len(some) / len(images)
     return total
 
