@@ -108,7 +108,8 @@ def test_a_study_that_was_made_with_the_old_defaults_keeps_them(tmp_path: Path):
         study = make(run={"defaults": defaults})
         recipe = candidate(study, "mixing", "none").recipe
         assert recipe.to_json() == old
-        assert candidate(study, "mixing", "mixpro").recipe.mixing == "mixpro_hard"
+        assert "mixpro" not in {level for contrast in study.designs["train"].contrasts for level in contrast.levels}
+        assert any("mixpro is left out" in note for note in study.notes)
         settings = RunSettings(study="ablations", runs=tmp_path / str(defaults), defaults=defaults, options=AblationOptions())
         phase = study.phase("train")
         open_phase("ablations/train", phase, settings, "digits", open_storage(settings.runs / "optuna.journal"))

@@ -62,7 +62,7 @@ def test_evaluate_measures_one_model_now(tmp_path: Path):
     flags += ["--set", "as_vit.num_repeats=2", "--set", "as_vit.num_angles=2", "--set", "as_vit.ntk_batch_size=2"]
     first, second = run_command("evaluate", *flags, cwd=tmp_path), run_here(main, "evaluate", *flags, cwd=tmp_path)
     measured = json.loads(first.stdout)
-    assert measured.keys() == {"digest", "values", "elapsed_s", "device", "versions", "seed", "num_threads", "evaluators"}
+    assert measured.keys() == {"digest", "values", "elapsed_s", "device", "versions", "seed", "num_threads", "evaluators", "warnings"}
     assert measured["seed"] == 3
     assert measured["evaluators"]["as_vit"]["num_angles"] == 2
     assert {"length_distortion", "ntk_condition", "params_m", "gmacs"} <= measured["values"].keys()

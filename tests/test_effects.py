@@ -218,7 +218,7 @@ DONE, STILL_LEARNING = [2.0] * 10 + [0.5] * 10, np.linspace(2.0, 1.0, 20).tolist
 def test_convergence_is_the_fall_between_the_last_two_quarters():
     assert loss_fall([9.0, 9.0, 9.0, 9.0, 2.0, 1.0, 0.75, 0.25]) == 1.0
     assert loss_fall([9.0, *[1.0] * 8, *[0.5] * 2]) == 0.5, "of 11 epochs, quarters are two epochs: the last four count"
-    assert math.isnan(loss_fall(DONE[:7]))
+    assert loss_fall(DONE[:7]) == math.inf, "too few epochs to have converged"
     assert math.isnan(loss_fall([math.nan] * 10 + DONE[:4]))
     assert loss_fall([math.nan] * 4 + DONE[-10:]) == 0.0, "what came before does not matter"
 
@@ -286,7 +286,7 @@ def test_how_arms_compare_says_nothing_of_their_convergence():
     for effect in (-30.0, 0.0, 30.0):
         others = learning(cells({"none": 0, "mixup": effect}, 6), none=DONE, mixup=STILL_LEARNING)
         flags = [effects_table(made, design(PRIMARY), num_resamples=100)["unconverged"].tolist() for made in (trials, others)]
-        assert flags[0] == flags[1] == ["mixup 0.26"]
+        assert flags[0] == flags[1] == ["mixup 0.26 nats"]
 
 
 def test_an_interval_that_ends_at_0_up_to_rounding_does_not_exclude_it():

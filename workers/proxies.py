@@ -168,15 +168,14 @@ def with_tokens(carried: Any, x: Tensor) -> Any:
             return x
 
 
+def is_attention(module: nn.Module) -> bool:
+    """Whether linear layers of the module lie beside a number of heads."""
+    return isinstance(getattr(module, "num_heads", None), int) and any(isinstance(child, nn.Linear) for child in module.children())
+
+
 def attention_linears(block: nn.Module) -> list[nn.Linear]:
-    """The linear layers of the block's attention: those that lie beside a number of heads."""
-    return [
-        child
-        for module in block.modules()
-        if isinstance(getattr(module, "num_heads", None), int)
-        for child in module.children()
-        if isinstance(child, nn.Linear)
-    ]
+    """The linear layers of the block's attention."""
+    return [child for module in block.modules() if is_attention(module) for child in module.children() if isinstance(child, nn.Linear)]
 
 
 def feed_forward_linears(block: nn.Module) -> list[nn.Linear]:

@@ -48,12 +48,12 @@ from space.registry import SpecError
 from workers.evaluator import Context, EvaluationError, NoSettings, evaluator
 from workers.proxies import (
     BatchSettings,
-    attention_linears,
     blocks,
     eigenvalues,
     feed_forward_linears,
     gaussian_batch,
     in_chunks,
+    is_attention,
     repeatable,
     scored_network,
     unlabelled_batch,
@@ -138,12 +138,12 @@ class Moments:
 def head_confidence_score(network: nn.Module, images: Tensor) -> float:
     """head_confidence of images `(B, 3, H, W)`; raises SpecError for attention outside of `scaled_dot_product_attention`."""
     total = 0.0
-    num_attending = sum(bool(attention_linears(block)) for block in blocks(network, "head_confidence"))
+    num_attending = sum(is_attention(module) for module in network.modules())
     for (some,) in in_chunks(network, images):
         with _LargestWeights() as seen:
             network(some)
         if len(seen.means) < max(1, num_attending):
-            told = f"{len(seen.means)} of the {num_attending} blocks with attention of this network, ours or timm's, call it"
+            told = f"{len(seen.means)} of the {num_attending} attentions of this network, ours or timm's, call it"
             raise SpecError(f"head_confidence reads scaled_dot_product_attention; {told}")
         total += sum(seen.means) * len(some) / len(images)
     return total

@@ -22,7 +22,6 @@ class MixPro(MaskMix):
     """MaskMix with progressive attention labelling."""
 
     needs_class_row: ClassVar[bool] = True
-    smooths: ClassVar[bool] = True
 
     def loss(self, logits: Tensor, labels: Tensor, mixed: Mixed, class_row: Tensor | None, label_smoothing: float) -> Tensor:
         if mixed.mask is None:
@@ -31,14 +30,7 @@ class MixPro(MaskMix):
         shares = token_shares(mixed.mask, mixed.cell_size, mixed.images.shape[-1], class_row.shape[1])
         alpha = confidence(logits, labels, mixed.partner, mixed.lam, label_smoothing)
         lam = mixed.lam.lerp(attended_share(class_row, shares), alpha if self.reference else alpha.detach())
-        return mixed_loss(logits, labels, mixed.partner, lam, label_smoothing if self.smooths and not self.reference else 0.0)
-
-
-@mixing("mixpro_hard")
-class MixProHard(MixPro):
-    """MixPro on labels that are not smoothed, as `mixpro` was in studies of the first defaults."""
-
-    smooths: ClassVar[bool] = False
+        return mixed_loss(logits, labels, mixed.partner, lam, 0.0 if self.reference else label_smoothing)
 
 
 def confidence(logits: Tensor, labels: Tensor, partner: Tensor, lam: Tensor, label_smoothing: float) -> Tensor:
