@@ -12,6 +12,7 @@ import pytest
 from conftest import run_here
 
 import search
+from results.paths import RunPaths
 from search.budget import Budget, climb, random_point
 from search.composition import composed_space, needed_choices
 from search.run import main
@@ -352,3 +353,28 @@ def test_a_score_as_objective_brings_its_evaluator_along(study: str, tmp_path: P
 def test_an_objective_that_no_score_has_is_refused(tmp_path: Path):
     with pytest.raises(SpecError, match="unknown objective 'nscx'"):
         studies.get("as_vit")(RunSettings(study="as_vit", runs=tmp_path, objectives=("nscx",)))
+
+
+def test_a_selection_on_test_images_is_refused(tmp_path: Path):
+    with pytest.raises(SpecError, match=r"objective test_top1_pct: test images are for what is reported.*take val_top1_pct"):
+        studies.get("tune")(RunSettings(study="tune", runs=tmp_path, objectives=("test_top1_pct",)))
+
+
+def test_a_study_takes_a_leaderboard_entry_by_its_digest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    runs = str(tmp_path / "runs")
+    assert main(["compose", "--model", "vit_digits", "--axis", "depth=2,3", "--evaluators", "cost", "--runs", runs]) == 0
+    digest = catalog.resolve("vit_digits").digest
+    (entry,) = load_entries(runs, without=digest, label="depth=2")
+    assert (
+        main(["compose", "--name", "again", "--model", entry[:6], "--axis", "pooling=mean,max", "--evaluators", "cost", "--runs", runs])
+        == 0
+    )
+    assert main(["tune", "--model", "beef", "--runs", runs]) == 2
+    assert "no leaderboard entry has the digest 'beef'" in capsys.readouterr().err
+
+
+def load_entries(runs: str, *, without: str, label: str) -> list[str]:
+    from results.study_results import load
+
+    rows = load(RunPaths(Path(runs)).mlflow_uri, "compose")
+    return [digest for digest, said in zip(rows["digest"], rows["label"], strict=True) if digest != without and label in said]
