@@ -71,7 +71,7 @@ def test_the_component_example_is_found_and_passes_the_contract(checkout_with_co
 
 
 def test_the_component_example_ends_in_a_leaderboard(checkout_with_component: Path):
-    section = README.partition("## Add a component")[2].partition("\n## ")[0]
+    section = re.sub(r"\\\n\s+", "", README.partition("## Add a component")[2].partition("\n## ")[0])
     (command,) = re.findall(r"^    (search/run\.py compose .*squeeze.*)$", section, flags=re.MULTILINE)
     done = run_in(checkout_with_component, *shlex.split(command), "--recipe", "epochs=1")
     assert done.returncode == 0, done.stdout + done.stderr
