@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from results.answers import Question
+from results.paths import RunPaths
 from results.records import Metric
 from search.budget import UNLIMITED, Budget
 from search.named_models import named_model
@@ -104,8 +105,6 @@ class RunSettings:
 
     def model(self, text: str) -> Model:
         """The model that a flag names, with its own image size and classes; raises SpecError for what names none."""
-        from results.paths import RunPaths
-
         return named_model(text, self.tracking_uri or RunPaths(self.runs).mlflow_uri)
 
     def weights_for(self, model: Model, name: str) -> Weights | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ DEFAULT_NUM_CLASSES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedNetwork:
-    """A network as its table names it, and the target that was measured on it."""
+    """A network as its table names it, and the target that was measured on it: the mean of its rows if it has several."""
 
     id: str
     model: Model
     target: float
+    num_rows: int = 1
 
 
 def read_table(
@@ -43,32 +43,27 @@ def read_table(
 
     A line of the file is an object with `id`, `targets` (an object of numbers) and either `spec`, the JSON of a model, or `arch`, an
     architecture that `family` reads (`Family.tables`) for 224 pixels and 1000 classes if nothing else is asked. A study's networks keep
-    their own image size, and the target of several seeds is their mean. Raises SpecError naming the row that is wrong and what is right.
+    their own image size. A network that has several rows, or seeds, has their mean as its target. Raises SpecError naming the row that is
+    wrong and what is right.
     """
     if location.startswith(STUDY):
         networks = tuple(_of_study(location.removeprefix(STUDY), target, tracking_uri, img_size))
     else:
         read = _reader(family, img_size, num_classes)
         resize = partial(resized, img_size=img_size, num_classes=num_classes)
-        networks = tuple(_of_line(where, text, target, read, resize) for where, text in _lines(Path(location)))
-    _refuse_repetitions(networks, location)
+        networks = _once_each(_of_line(where, text, target, read, resize) for where, text in _lines(Path(location)))
     values = {network.target for network in networks}
     if len(values) == 1:
         raise SpecError(f"{location}: {target} is {values.pop():g} in all {len(networks)} rows; there is nothing to rank")
     return networks
 
 
-def _refuse_repetitions(networks: tuple[TrainedNetwork, ...], location: str) -> None:
-    """A network that stands there twice would count as two that agree."""
-    first: dict[str, str] = {}
+def _once_each(networks: Iterable[TrainedNetwork]) -> tuple[TrainedNetwork, ...]:
+    """Every network once, with the mean target of its rows: one that counted twice would agree with itself."""
+    rows: dict[str, list[TrainedNetwork]] = {}
     for network in networks:
-        if (earlier := first.setdefault(network.model.digest, network.id)) != network.id:
-            raise SpecError(f"{location}: {earlier} and {network.id} are one network, {network.model.digest[:8]}; a table has each once")
-    if len(first) < len(networks):
-        ids = Counter(network.id for network in networks)
-        raise SpecError(
-            f"{location}: {ids.most_common(1)[0][0]} stands there {ids.most_common(1)[0][1]} times; a table has each network once"
-        )
+        rows.setdefault(network.model.digest, []).append(network)
+    return tuple(replace(same[0], target=sum(row.target for row in same) / len(same), num_rows=len(same)) for same in rows.values())
 
 
 def digest_of_networks(networks: tuple[TrainedNetwork, ...]) -> str:

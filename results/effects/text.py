@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from results.columns import TEXT_WIDTH, Column, fitted
-from results.effects.convergence import MAX_LOSS_FALL
+from results.effects.convergence import MAX_LOSS_FALL, MIN_EPOCHS
 from results.effects.study import EFFECTS_FILE, Effects
 from results.formats import count, format_effect, format_interval, format_loss_fall, format_mean
 
@@ -78,7 +78,8 @@ def reading_notes(table: pd.DataFrame) -> list[str]:
         f"primary: one contrast of each factor{named}; the others are Holm-corrected per factor and outcome",
         "no harm, no difference: 90 % interval within the margin, not corrected for their number",
         "MDE: smallest effect that is shown with 80 % power, by test at alpha / family size and interval together; -: none can be shown",
-        f"not converged: an arm's training loss fell by more than {MAX_LOSS_FALL:g} nats from the third quarter of its epochs to the last",
+        f"not converged: an arm's training loss fell by more than {MAX_LOSS_FALL:g} nats from the third quarter of its epochs to the last, "
+        f"or it has fewer than {MIN_EPOCHS} epochs",
     ]
     if table["is_converged"].isna().loc[table["n_seeds"] > 0].any():
         notes.append("some training losses were not kept: whether those arms converged is not known")

@@ -62,6 +62,10 @@ def rank_quality(run: RunSettings) -> Study:
         )
     space = table_space(networks, run.proxy_img_size)
     measured, asked, notes = _chosen(options.scores, run, space.decode({ROW: 0}))
+    if repeated := [network for network in networks if network.num_rows > 1]:
+        notes.append(
+            f"{count(len(repeated), 'network')} of the table stand in several rows, {repeated[0].id} first: their targets are averaged"
+        )
     phases = [
         Phase(
             name=name,
