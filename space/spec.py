@@ -28,8 +28,14 @@ class Component:
     items: tuple[tuple[str, Scalar], ...]
 
     def __init__(self, name: str, /, **choices: Scalar):
+        items = tuple(sorted(choices.items()))
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "items", tuple(sorted(choices.items())))
+        object.__setattr__(self, "items", items)
+        # Every count of a network looks its components up, so they are hashed once.
+        object.__setattr__(self, "_hash", hash((name, items)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
 
     @property
     def choices(self) -> dict[str, Scalar]:

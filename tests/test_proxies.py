@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from space.families import autoformer
 from space.families.as_vit import Network, spec
 from space.model import build_model
 from space.registry import SpecError
@@ -19,7 +20,7 @@ from space.timm_spec import TimmSpec
 from workers import proxies
 from workers.batches import Batch
 from workers.data import load_dataset
-from workers.evaluator import Context, EvaluationError, evaluators
+from workers.evaluator import Context, EvaluationError, evaluators, scores
 from workers.evaluators.activation_scores import Moments, head_confidence_score, meco_score, w_pca_score
 from workers.evaluators.az_nas import az_scores, entropy, trainability
 from workers.evaluators.gradient_scores import SMALLEST_EIGENVALUE, grasp_score, jacobian_score, one_pass_scores
@@ -32,7 +33,6 @@ from workers.proxies import (
     in_chunks,
     labelled_batches,
     layer_weights,
-    scored_network,
     unlabelled_batch,
     weighted_layers,
 )
@@ -141,11 +141,16 @@ def test_uncorrelated_jacobians_score_best_and_equal_ones_stay_finite():
 
 
 def test_the_order_of_images_changes_no_score_of_a_batch(tiny_vit):
-    network, (images, labels) = network_of(tiny_vit), draw_batch(6)
-    turned = [5, 3, 0, 1, 4, 2]
-    ordered, shuffled = (one_pass_scores(network, images[order], labels[order]) for order in (slice(None), turned))
-    assert ordered == pytest.approx(shuffled, rel=1e-9)
-    assert grasp_score(network, images, labels) == pytest.approx(grasp_score(network, images[turned], labels[turned]), rel=1e-9)
+    network, batches = network_of(tiny_vit), [draw_batch(6, seed=seed) for seed in range(2)]
+    turned = [Batch(*(part[[5, 3, 0, 1, 4, 2]] for part in batch)) for batch in batches]
+
+    def all_scores(of_batches):
+        images, labels = of_batches[0]
+        of_images = {"w_pca": w_pca_score(network, images, share=0.9), "head_confidence": head_confidence_score(network, images)}
+        of_gradients = one_pass_scores(network, images, labels) | {"grasp": grasp_score(network, images, labels)}
+        return of_images | of_gradients | gradient_variance_scores(network, of_batches)
+
+    assert all_scores(turned) == pytest.approx(all_scores(batches), rel=1e-9)
 
 
 @pytest.mark.parametrize("convolution", [nn.Conv2d, Standardised])
@@ -363,6 +368,49 @@ def test_meco_without_an_independent_layer_is_no_score():
     assert failure.value.kind == "rank_deficient"
 
 
+def autoformer_of(width, img_size=224):
+    """An AutoFormer of one block, on patches of 16 pixels."""
+    return autoformer.spec({"hidden_dim": width, "depth": 1, "mlp_ratio": [2], "num_heads": [3]}, num_classes=5, img_size=img_size)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (autoformer_of(240), "most positions, 197, have 240 channels or more"),
+        (autoformer_of(192, img_size=64), "most positions, 17, have 192 channels or more"),
+        (TimmSpec(name="test_vit", img_size=64, num_classes=5), "no layer has fewer channels than positions"),
+    ],
+)
+def test_meco_is_refused_before_any_work_where_every_correlation_is_singular(model, words):
+    meco = evaluators.get("meco")
+    with pytest.raises(SpecError, match=words):
+        meco.check(model, None, meco.settings())
+    with pytest.raises(EvaluationError, match="depend on each other"):
+        meco.function(model, Context(seed=0), meco.settings())
+
+
+@pytest.mark.parametrize(
+    "model", [autoformer_of(192), autoformer_of(24, img_size=96), TimmSpec(name="test_vit", img_size=160, num_classes=5), CONVNEXT]
+)
+def test_meco_is_defined_where_tokens_or_pixels_outnumber_the_channels(model):
+    meco = evaluators.get("meco")
+    meco.check(model, None, meco.settings())
+    assert meco.function(model, Context(seed=0), meco.settings())["meco"] > 0
+
+
+def test_correlations_do_not_see_the_scale_of_channels():
+    """So MeCo does not see that of a layer, nor jacob_cov that of the logits."""
+    network = nn.Sequential(nn.Conv2d(3, 5, 3)).double()
+    image = draw_batch(1).images
+    score = meco_score(network, image)
+    with torch.no_grad():
+        network[0].weight.mul_(torch.tensor([0.5, 2.0, 3.0, -1.0, 7.0])[:, None, None, None])
+        network[0].bias.add_(3)
+    assert meco_score(network, image) == pytest.approx(score, rel=1e-9)
+    rows = torch.randn(4, 12, generator=generator(0), dtype=torch.float64)
+    assert jacobian_score(7 * rows) == pytest.approx(jacobian_score(rows), rel=1e-9)
+
+
 @pytest.mark.parametrize(("share", "components"), [(0.4, 1), (0.5, 2), (0.74, 2), (0.75, 3), (0.99, 3)])
 def test_principal_components_are_counted_until_they_hold_more_than_the_share(share, components):
     # Variances 2, 1, 1 and 0, along axes that are no channels.
@@ -487,17 +535,30 @@ def test_data_is_refused_in_one_sentence(tiny_vit, digits):
     assert gaussian_batch(replace(tiny_vit, in_chans=1), Context(seed=0), batch_size=2).shape == (2, 1, 8, 8)
 
 
-@pytest.mark.parametrize(
-    ("score", "words"),
-    [
-        (lambda network, images: dss_score(network, images[:1]), "have none"),
-        (lambda network, images: az_scores(network, images, seed=0), r"map tokens \(B, N, C\)"),
-        (head_confidence_score, "scaled_dot_product_attention"),
-    ],
-)
-def test_a_network_of_another_kind_is_refused_with_the_reason(score, words):
-    with pytest.raises(SpecError, match=words):
-        score(scored_network(CONVNEXT, Context(seed=0)), draw_batch(2, img_size=32, dtype=torch.float32).images)
+OUR_OWN = dict.fromkeys(("as_vit", "as_vit_closed_form", "nsc", "shape"), "takes networks of our components")
+WITHOUT_TOKENS = {"dss": "have none", "az_nas": r"map tokens \(B, N, C\)", "head_confidence": "has no attention"}
+WITHOUT_BLOCKS = {**dict.fromkeys(("dss", "az_nas", "w_pca"), "names none"), "head_confidence": "has no attention"}
+OF_TIMM = {"test_vit": (160, OUR_OWN), "test_convnext": (32, OUR_OWN | WITHOUT_TOKENS), "test_resnet": (32, OUR_OWN | WITHOUT_BLOCKS)}
+
+
+@pytest.mark.parametrize("name", sorted(set(scores().values())))
+@pytest.mark.parametrize("architecture", OF_TIMM)
+def test_a_model_of_timm_has_the_scores_that_are_defined_for_it_and_the_others_say_why(architecture, name, digits):
+    img_size, refused = OF_TIMM[architecture]
+    model, each = TimmSpec(name=architecture, img_size=img_size, num_classes=10), evaluators.get(name)
+    settings = replace(each.settings(), batch_size=2) if hasattr(each.settings(), "batch_size") else each.settings()
+
+    def measure():
+        each.check(model, None, settings)
+        return each.function(model, Context(seed=0, dataset=digits), settings)
+
+    if name in refused:
+        with pytest.raises(SpecError, match=refused[name]):
+            measure()
+    else:
+        measured = measure()
+        assert set(measured) == {metric.name for metric in each.metrics}
+        assert all(map(math.isfinite, measured.values()))
 
 
 def test_networks_without_blocks_or_activations_are_refused():

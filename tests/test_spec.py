@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -218,3 +219,11 @@ def test_a_spec_file_is_read_and_its_faults_name_the_file(tmp_path: Path):
         read_spec(file)
     with pytest.raises(SpecError, match=r"absent.json: "):
         read_spec(tmp_path / "absent.json")
+
+
+def test_a_component_of_another_process_is_found_among_those_of_this_one():
+    """Hashes of strings differ from process to process, and a component keeps its own."""
+    code = "import pickle; from space.spec import Component; print(pickle.dumps(Component('mlp', hidden_dim=8)).hex())"
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert pickle.loads(bytes.fromhex(done.stdout)) in {Component("mlp", hidden_dim=8)}

@@ -6,11 +6,15 @@ pixels or tokens,
 
     meco = sum_l smallest eigenvalue of P_l
 
-Where P_l is singular the layer counts 0: it has as many channels as positions, or more outputs than inputs. A constant channel is left
-out. Undefined where all layers count 0.
+A constant channel is left out. The correlations of c channels over n positions have a rank below n, since channels are centred, and no
+layer puts out more independent channels than it has inputs. So P_l is singular, and its layer counts 0, unless c < n and c is at most the
+number of inputs (of a convolution: those of its kernel, in all groups). A network without such a layer is refused before any work. A
+Vision Transformer has one only where its tokens outnumber its width: at 224 px and patches of 16 pixels, a width of at most 196. There the
+patch embedding, the projections of attention and the second layers of the feed-forwards count, and all layers that widen count 0.
 
-Unsure: most layers of a transformer count 0, and the paper makes no claim for transformers. The authors' code also looks at modules that
-contain others, and would take the tokens of a transformer for its channels.
+Unsure: the paper makes no claim for transformers. The authors' code also looks at modules that contain others, and takes the first
+dimension behind the batch for channels, which in a transformer are tokens. Their variant MeCo_opt takes 8 random channels of each layer,
+times c / 8. It would be defined for more networks, but it is another score and is not measured.
 
 W-PCA: Wang, "W-PCA Based Gradient-Free Proxy for Efficient Search of Lightweight Language Models", ICLR 2025,
 https://arxiv.org/abs/2504.15983. With k_l the least number of principal components, over all tokens of all images, that hold more than a
@@ -27,7 +31,8 @@ networks Serianni and Kalita 2023, https://arxiv.org/abs/2306.00288. With A_l th
     head_confidence = sum_l mean over images, heads and queries i of  max_j A_l(i, j)
 
 Undefined for networks that do not call PyTorch's `scaled_dot_product_attention`. Unsure: how the heads of a network are combined; the mean
-over heads and the sum over layers are our reading. Divided by the depth it is the mean.
+over heads and the sum over layers are our reading. Divided by the depth it is the mean. Voita et al. leave the end of a sentence out; here
+every token counts, the class token too.
 """
 
 from __future__ import annotations
@@ -43,7 +48,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from results.records import Metric
-from space.model import Model
+from space.model import Model, build_model
+from space.recipe import Recipe
 from space.registry import SpecError
 from workers.evaluator import Context, EvaluationError, NoSettings, evaluator
 from workers.proxies import (
@@ -72,6 +78,35 @@ class WPcaSettings(BatchSettings):
         super().__post_init__()
         if not 0.0 < self.share < 1.0:
             raise ValueError(f"share is {self.share!r}; allowed: above 0 and below 1")
+
+
+def check_meco(model: Model, recipe: Recipe | None, settings: NoSettings) -> None:
+    """Raise SpecError for a network whose correlations are all singular, by the shapes of its layers alone."""
+    found: list[tuple[int, int, int]] = []
+    # An ordinary forward pass: on the meta device, where shapes are all there is, poolings that look at values cannot run.
+    network, image = build_model(model, seed=0).eval(), gaussian_batch(model, Context(seed=0), batch_size=1)
+    with torch.no_grad(), watching(weighted_layers(network), lambda layer, _, output: found.append(_dimensions(layer, output))):
+        network(image)
+    if not any(map(_may_be_regular, found)):
+        positions = max(positions for _, positions, _ in found)
+        channels = min(channels for channels, seen, _ in found if seen == positions)
+        raise SpecError(
+            "meco is 0 here whatever the weights: no layer has fewer channels than positions (pixels or tokens) and as many inputs; "
+            f"the layers of most positions, {positions}, have {channels} channels or more. A larger image has more positions"
+        )
+
+
+def _dimensions(layer: nn.Conv2d | nn.Linear, output: Tensor) -> tuple[int, int, int]:
+    """Channels, positions of one image, and inputs: of a convolution those of its kernel, summed over its groups."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, output[0, 0].numel(), layer.groups * layer.weight[0].numel()
+    return layer.out_features, output.numel() // layer.out_features, layer.in_features
+
+
+def _may_be_regular(dimensions: tuple[int, int, int]) -> bool:
+    """Whether correlations of such a layer need not be singular; a single channel has none."""
+    channels, positions, inputs = dimensions
+    return 2 <= channels < positions and channels <= inputs
 
 
 @torch.no_grad()
@@ -144,6 +179,8 @@ def head_confidence_score(network: nn.Module, images: Tensor) -> float:
             network(some)
         if len(seen.means) < max(1, num_attending):
             told = f"{len(seen.means)} of the {num_attending} attentions of this network, ours or timm's, call it"
+            if num_attending == 0:
+                told = "this network, ours or timm's, has no attention"
             raise SpecError(f"head_confidence reads scaled_dot_product_attention; {told}")
         total += sum(seen.means) * len(some) / len(images)
     return total
@@ -174,6 +211,7 @@ def _largest_weights(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tenso
 @evaluator(
     "meco",
     metrics=(Metric("meco", "maximize", "MeCo: smallest eigenvalues of the channels' correlations, summed over layers"),),
+    check=check_meco,
     subject="proxy",
     memory_mb=1000,
 )

@@ -15,10 +15,11 @@ of whole networks, larger is better).
 
 They are undefined for networks that do not classify colour images and, as the loss needs labels, for data without labels.
 
-Unsure: GraSP's paper ranks weights and not networks. The sign of the sum over all weights is that of Abdelfattah's code, which found it
-by experiment. For Fisher that code counts a channel once for each of its weights, and in a transformer it would take tokens for
-channels; here both are as in the papers it cites. Where a batch norm lets images depend on each other, dl_n / da_n is the derivative of
-the whole loss, and a row of the Jacobian that of all logits.
+Unsure: GraSP's paper ranks weights and not networks, and its code divides the logits by a temperature of 200; here, as in Abdelfattah's
+code, it is 1. The sign of the sum over all weights is that of Abdelfattah's code, which found it by experiment. For Fisher that code counts
+a channel once for each of its weights, and in a transformer it would take tokens for channels; here both are as in the papers it cites.
+Where a batch norm lets images depend on each other, dl_n / da_n is the derivative of the whole loss, and a row of the Jacobian that of all
+logits.
 """
 
 from __future__ import annotations

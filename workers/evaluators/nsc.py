@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from results.records import Metric
-from space.layout import groups
+from space.layout import Group, groups
 from space.model import Model, require_arch
 from space.registry import SpecError
 from space.spec import ArchSpec
@@ -33,7 +33,7 @@ def spectral_score(spec: ArchSpec) -> float:
     counted: list[float] = []
     for where, group in groups(spec):
         try:
-            counted += [number * map_score(inputs, outputs) for inputs, outputs, number in group.linear_maps]
+            counted += _terms(group)
         except SpecError as error:
             raise SpecError(f"nsc is undefined here: {where}{error}") from error
     # Rounded once, so that networks with the same maps in another order tie.
@@ -41,6 +41,11 @@ def spectral_score(spec: ArchSpec) -> float:
 
 
 @lru_cache(maxsize=65536)
+def _terms(group: Group) -> tuple[float, ...]:
+    """What each kind of linear map in the group counts; networks of a space share most of their groups."""
+    return tuple(number * map_score(inputs, outputs) for inputs, outputs, number in group.linear_maps)
+
+
 def map_score(inputs: int, outputs: int) -> float:
     """What one linear map counts: min(n, m) times the expected ln(1 + M s^2 x)."""
     smaller, larger = sorted((inputs, outputs))
