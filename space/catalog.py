@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from space.family import NamedModel, families
+from space.family import NamedModel, NamedSupernet, families
 from space.model import Model, kinds, model_from_json
 from space.registry import SpecError, unknown_name
 from space.search_space import SearchSpace
+from space.supernet_space import SupernetSpace, read_space
 
 
 def names() -> tuple[str, ...]:
@@ -32,11 +34,32 @@ def tables() -> dict[str, Callable[..., Model]]:
     return {name: read for family in families.names() for name, read in families.get(family).tables.items()}
 
 
+def supernets() -> dict[str, NamedSupernet]:
+    """The supernets of all families by the name of their space."""
+    return {name: make for family in families.names() for name, make in families.get(family).supernets.items()}
+
+
+def supernet_space(text: str, *, img_size: int | None = None, num_classes: int | None = None) -> SupernetSpace:
+    """The space of a supernet by its name or the path of its JSON file; None leaves the images or the classes as they are there.
+
+    Raises SpecError with the nearest names, for a file that is no space, and for an image size that the networks do not take.
+    """
+    asked = {"img_size": img_size, "num_classes": num_classes}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if text in (named := supernets()):
+        return named[text].make(**given)
+    path = Path(text)
+    if path.suffix == ".json" or path.is_file():
+        return read_space(path).resized(**given)
+    raise SpecError(f"{unknown_name('supernet space', text, named)}; the path of a space's JSON is read too")
+
+
 def resolve(text: str) -> Model:
     """The model that `text` names.
 
-    A catalogue name; a family and a string in its notation (`as_vit:STRING`, at 224 pixels); a kind and what it reads (`timm:NAME`,
-    with 1000 classes, at the image size of its pretrained weights); or the path of a JSON file that holds a spec, what
+    A catalogue name; a family and a string in its notation (`as_vit:STRING`, at 224 pixels); a supernet and one of its subnets
+    (`vit_resnas/tiny:STRING`, for the supernet's own images); a kind and what it reads (`timm:NAME`, with 1000 classes, at the image
+    size of its pretrained weights); or the path of a JSON file that holds a spec, what
     `describe` writes, or a candidate, whose reported network is taken. Raises SpecError with the nearest names.
     """
     if text in (named := _models()):
@@ -45,8 +68,12 @@ def resolve(text: str) -> Model:
     if colon and prefix in (notations := _notations()):
         _, read = notations[prefix]
         return read(string)
+    if colon and prefix in supernets():
+        space = supernet_space(prefix)
+        return space.subnet(space.read(string))
     path = Path(text)
-    if path.suffix == ".json" or path.is_file():
+    # Not `path.is_file`, which raises for a text that is too long for a path.
+    if path.suffix == ".json" or os.path.isfile(path):
         return _read(path)
     return _named(text).make()
 
@@ -54,6 +81,9 @@ def resolve(text: str) -> Model:
 def explanation(text: str) -> tuple[str, ...]:
     """What each number of a method's string is, in lines; empty for a model that is named otherwise. Raises SpecError as `resolve` does."""
     prefix, colon, string = text.partition(":")
+    if colon and prefix in supernets():
+        space = supernet_space(prefix)
+        return space.explain(space.read(string))
     explain = families.get(prefix).explain if colon and prefix in families.names() else None
     return tuple(explain(string)) if explain else ()
 

@@ -190,12 +190,14 @@ class BlockForm:
 class Choice:
     """One value a component is built with: `offered` is what a search may pick, and sets the type.
 
-    `allowed` is what a spec may hold beyond that: a predicate and the words that describe it in an error.
+    `allowed` is what a spec may hold beyond that: a predicate and the words that describe it in an error. A choice that gives sizes of
+    tensors whose entries mean something else in a smaller one says `is_sliced=False`: networks that share weights agree on it.
     """
 
     offered: tuple[Scalar, ...]
     default: Scalar = REQUIRED
     allowed: tuple[Callable[[Any], bool], str] | None = None
+    is_sliced: bool = True
 
     @property
     def value_type(self) -> type:
@@ -235,6 +237,9 @@ class Declaration:
     """The highest level a mixer can give: `forward(x, tap=level)` then returns `(x, tapped)`."""
     takes_sizes: bool = False
     """Whether it takes the sizes of tokens that stand for several."""
+    slices_output: bool = False
+    """Of a patch embedding: whether a supernet runs it once, at full width and over the whole batch, and takes the first channels of its
+    output for a narrower network. It declares so where these channels are all that a narrower one gives, batch statistics included."""
     block_form: BlockForm | None = None
     """The form of a block with this component; None leaves it to the others, and to two residuals if none declares one."""
 

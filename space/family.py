@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from space.model import Model
 from space.registry import Registry
 from space.search_space import SearchSpace
+from space.supernet_space import SupernetSpace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,17 @@ class NamedModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamedSupernet:
+    """A supernet of the catalogue: one line about it, and the function that makes the space of its subnets.
+
+    The function takes the keywords `img_size` and `num_classes`, each with a default of its own.
+    """
+
+    summary: str
+    make: Callable[..., SupernetSpace]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """Networks that belong together: those with a name, those with a notation, and the spaces they are searched in.
 
@@ -33,6 +45,7 @@ class Family:
     lines of at most 80 characters what each number of such a string is. `spaces` are functions by the name of the space they make; they
     take the keywords `img_size` and `num_classes`. `tables` are readers of architectures as
     published tables write them: a JSON object and those keywords to a model; they raise SpecError saying what is wrong.
+    `supernets` stand under the name of their space.
     """
 
     models: Mapping[str, NamedModel] = field(default_factory=dict)
@@ -41,6 +54,7 @@ class Family:
     explain: Callable[[str], Sequence[str]] | None = None
     spaces: Mapping[str, Callable[..., SearchSpace]] = field(default_factory=dict)
     tables: Mapping[str, Callable[..., Model]] = field(default_factory=dict)
+    supernets: Mapping[str, NamedSupernet] = field(default_factory=dict)
 
 
 families: Registry[Family] = Registry("family", package="space.families")

@@ -5,20 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from space.component import AttentionTap, BlockForm, Cost, ImageShape, LinearMaps, TokenShape, components, declaration
-from space.registry import SpecError
-from space.spec import ArchSpec, BlockSpec, Component, full_choices
+from space.registry import ImageSizeError, SpecError
+from space.spec import ArchSpec, BlockSpec, Component, full_choices, with_img_size
 
 TWO_RESIDUALS = ("norm1", "mixer", "layer_scale1", "token_reduction", "norm2", "feed_forward", "layer_scale2")
 """The parts of a block that has no form of its own, in their order."""
 
 KEEPS_COUNT = frozenset({"mixer", "token_reduction", "downsampling", "pooling"})
 """The kinds that must know how many tokens each token stands for."""
+
+MOST_STRIDE = 256
+"""Pixels along the side of a token of the last stage, at most, where an image size that fits is looked for."""
 
 
 class Part(NamedTuple):
@@ -47,12 +50,16 @@ class Part(NamedTuple):
         width = {} if self.out_dim is None else {"out_dim": self.out_dim}
         return full_choices(self.kind, self.component) | width
 
+    def module(self) -> Any:
+        """A new module of it, with the weights that its class draws from torch's global generator."""
+        return self.module_class(self.shape, **self.arguments)
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Group:
     """Parts that stand together, a block's or a single one, with paths relative to the group, and their summed cost.
 
-    `form` is that of a block; None is two residuals.
+    `form` is that of a block; None is two residuals. A group is equal to itself alone, which makes it a cheap key of a cache.
     """
 
     parts: tuple[Part, ...]
@@ -81,8 +88,30 @@ def layout(spec: ArchSpec) -> tuple[Part, ...]:
 def groups(spec: ArchSpec) -> Iterator[tuple[str, Group]]:
     """The groups of parts in the order of the forward pass, each with the prefix of its paths.
 
-    Groups are shared by all specs that hold them, which is what makes `cost` fast.
+    Groups are shared by all specs that hold them, which is what makes `cost` fast. Raises SpecError naming the part that cannot be built,
+    and the nearest image sizes if that is why.
     """
+    try:
+        yield from _groups(spec)
+    except ImageSizeError as error:
+        raise SpecError(f"{error}; {_sizes_that_fit(spec)}") from error
+
+
+def _sizes_that_fit(spec: ArchSpec) -> str:
+    """The nearest smaller and larger image sizes of the network, for an error."""
+
+    def fits(img_size: int) -> bool:
+        try:
+            return bool(list(_groups(with_img_size(spec, img_size))))
+        except SpecError:
+            return False
+
+    ways = (range(spec.img_size - 1, 0, -1), range(spec.img_size + 1, 2 * spec.img_size + MOST_STRIDE))
+    nearest = [str(size) for way in ways if (size := next(filter(fits, way), None))]
+    return f"nearest img_size: {' or '.join(nearest)}" if nearest else f"no img_size near {spec.img_size} fits"
+
+
+def _groups(spec: ArchSpec) -> Iterator[tuple[str, Group]]:
     group = _part_group("patch_embed", "patch_embed", spec.patch_embed, _image_shape(spec), spec.stages[0].embed_dim)
     yield "", group
     for kind, component in (("prefix", spec.prefix), ("position", spec.position)):
@@ -90,14 +119,19 @@ def groups(spec: ArchSpec) -> Iterator[tuple[str, Group]]:
             group = _part_group(kind, kind, component, group.output_shape, None)
             yield "", group
     for index, stage in enumerate(spec.stages):
-        for number, block in enumerate(stage.blocks):
-            where = f"stages.{index}.blocks.{number}."
-            # Most blocks of a deep stage repeat the one before on the same shape, and a comparison is cheaper than a look-up.
-            if number == 0 or block is not stage.blocks[number - 1] or group.output_shape is not group.parts[0].shape:
+        place: Callable[[BlockSpec], Group] | None = None
+        shape = before = None
+        for where, block in zip(_block_paths(index, len(stage.blocks)), stage.blocks, strict=True):
+            # Most blocks take the shape of the one before, many repeat that block, and comparisons are cheaper than look-ups.
+            if place is None or group.output_shape is not shape:
+                shape, before = group.output_shape, None
+                place = _placing(spec.norm, shape)
+            if block is not before:
+                before = block
                 try:
-                    group = _block_group(block, spec.norm, group.output_shape)
+                    group = place(block)
                 except SpecError as error:
-                    raise SpecError(f"{where}{error}") from error
+                    raise type(error)(f"{where}{error}") from error
             yield where, group
         if stage.downsampling is not None:
             where = f"stages.{index}.downsampling"
@@ -152,13 +186,23 @@ def _image_shape(spec: ArchSpec) -> ImageShape:
     return ImageShape(spec.in_chans, spec.img_size, spec.img_size)
 
 
+@lru_cache(maxsize=1024)
+def _block_paths(stage: int, num_blocks: int) -> tuple[str, ...]:
+    return tuple(f"stages.{stage}.blocks.{number}." for number in range(num_blocks))
+
+
 @lru_cache(maxsize=65536)
 def _part_group(path: str, kind: str, component: Component, shape: Any, out_dim: int | None) -> Group:
     part = _place(path, kind, component, shape, out_dim)
     return Group(parts=(part,), output_shape=part.output_shape, cost=part_cost(part))
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
+def _placing(norm: Component, shape: TokenShape) -> Callable[[BlockSpec], Group]:
+    """What places a block in tokens of the shape, and keeps the groups of the blocks it has placed."""
+    return lru_cache(maxsize=4096)(lambda block: _block_group(block, norm, shape))
+
+
 def _block_group(block: BlockSpec, norm: Component, shape: TokenShape) -> Group:
     form = _block_form(block)
     given = {
@@ -184,7 +228,7 @@ def _block_group(block: BlockSpec, norm: Component, shape: TokenShape) -> Group:
     if block.token_reduction is not None:
         if parts["token_reduction"].output_shape == parts["token_reduction"].shape:
             # Nothing to reduce in tokens of this shape: no tap, no form of the block.
-            return _block_group(replace(block, token_reduction=None), norm, shape)
+            return _placing(norm, shape)(replace(block, token_reduction=None))
         mixer, reduction = parts["mixer"].module_class.declaration, parts["token_reduction"].module_class.declaration
         if reduction.attention_tap > mixer.offers_tap:
             raise SpecError(
@@ -213,5 +257,5 @@ def _place(path: str, kind: str, component: Component, shape: Any, out_dim: int 
     try:
         output = cls.output_shape(shape, **full_choices(kind, component), **width) if hasattr(cls, "output_shape") else shape
     except SpecError as error:
-        raise SpecError(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {error}") from error
     return Part(path, kind, component, shape, output, out_dim)

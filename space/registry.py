@@ -28,6 +28,10 @@ class SpecError(ValueError):
     """Something a user named or wrote that cannot be built; the message says what would be right."""
 
 
+class ImageSizeError(SpecError):
+    """A part of a network that has no form at the size of its images; whoever sees the whole network adds the nearest size that has one."""
+
+
 def unknown_name(what: str, name: str, known: Iterable[str], where: str = "") -> SpecError:
     """The error for an unknown name: it says the name, where it stood, the nearest names and all known ones."""
     known = sorted(known)

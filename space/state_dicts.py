@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from space.component import TokenShape
 from space.layout import layout
 from space.registry import SpecError
 from space.spec import ArchSpec, Component
@@ -163,22 +162,24 @@ def _replace_pooling(given: dict[str, Tensor], own: Mapping[str, Tensor]) -> lis
 
 
 def _resample_positions(spec: ArchSpec, given: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    name = "position.pos_embed"
-    if name not in given or name not in own or given[name].shape == own[name].shape or given[name].shape[-1] != own[name].shape[-1]:
-        return []
-    from timm.layers.pos_embed import resample_abs_pos_embed
+    """Resample the positions of every part that learns some: before the first stage, or with the patches that a reduction gives."""
+    changes = []
+    for part in layout(spec):
+        name, shape = f"{part.path}.pos_embed", part.output_shape
+        if name not in given or name not in own or given[name].shape == own[name].shape or given[name].shape[-1] != own[name].shape[-1]:
+            continue
+        from timm.layers.pos_embed import resample_abs_pos_embed
 
-    shape = next(part.shape for part in layout(spec) if part.path == "position")
-    assert isinstance(shape, TokenShape)
-    assert shape.grid is not None
-    num_prefix = own[name].shape[1] - shape.num_patches
-    num_patches = given[name].shape[1] - num_prefix
-    side = math.isqrt(max(0, num_patches))
-    if side < 1 or side**2 != num_patches:
-        raise SpecError(f"{name} has {given[name].shape[1]} positions: without {num_prefix} of prefix tokens they fill no square grid")
-    old = given[name]
-    given[name] = resample_abs_pos_embed(old, list(shape.grid), num_prefix_tokens=num_prefix)
-    return [said_resampling(name, old, given[name])]
+        assert shape.grid is not None
+        num_prefix = own[name].shape[1] - shape.num_patches
+        num_patches = given[name].shape[1] - num_prefix
+        side = math.isqrt(max(0, num_patches))
+        if side < 1 or side**2 != num_patches:
+            raise SpecError(f"{name} has {given[name].shape[1]} positions: without {num_prefix} of prefix tokens they fill no square grid")
+        old = given[name]
+        given[name] = resample_abs_pos_embed(old, list(shape.grid), num_prefix_tokens=num_prefix)
+        changes.append(said_resampling(name, old, given[name]))
+    return changes
 
 
 def _resample_patches(given: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -7,14 +7,14 @@ by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from space.component import AttentionTap, BlockForm, Tokens
-from space.layout import groups, layout, why_no_class_row
+from space.layout import Part, groups, layout, why_no_class_row
 from space.randomness import stream
 from space.registry import SpecError
 from space.spec import ArchSpec
@@ -93,10 +93,13 @@ class VisionTransformer(nn.Module):
 
     With `with_class_row` it gives `(logits, class_row)`: `(B, num_patches)`, the class token's attention on the patches in the last
     block, mean over the heads. The row includes no prefix token and so sums to less than 1. It alone is recomputed, attention stays
-    fused, and the logits are the same to the bit. Raises SpecError where `why_no_class_row` gives a reason.
+    fused, and the logits are the same to the bit. Raises SpecError where `why_no_class_row` gives a reason. With `with_patches` it gives
+    `(logits, patches)`: the tokens after the final norm without the prefix, `(B, num_patches, C)`.
+
+    `drop_path` is that of the last block, or one rate for each block. `make` makes the module of a part.
     """
 
-    def __init__(self, spec: ArchSpec, *, drop_path: float = 0.0):
+    def __init__(self, spec: ArchSpec, *, drop_path: float | Sequence[float] = 0.0, make: Callable[[Part], nn.Module] = Part.module):
         super().__init__()
         self.spec = spec
         parts = {part.path: part for part in layout(spec)}
@@ -104,10 +107,9 @@ class VisionTransformer(nn.Module):
 
         def take(path: str) -> Any:
             part = parts.get(path)
-            return None if part is None else part.module_class(part.shape, **part.arguments)
+            return None if part is None else make(part)
 
-        # As timm spaces them: from 0 at the first block to `drop_path` at the last.
-        rates = iter(index * drop_path / max(1, spec.depth - 1) for index in range(spec.depth))
+        rates = iter(drop_path if isinstance(drop_path, Sequence) else drop_path_rates(spec.depth, drop_path))
         self.patch_embed = take("patch_embed")
         self.prefix = take("prefix")
         self.position = take("position")
@@ -126,12 +128,14 @@ class VisionTransformer(nn.Module):
         """Tokens `(B, N, C)` after the last stage, prefix first, before the final norm."""
         return self._tokens(x)[0].x
 
-    def forward(self, x: Tensor, *, with_class_row: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *, with_class_row: bool = False, with_patches: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         if with_class_row and self._no_class_row:
             raise SpecError(f"no class row: {self._no_class_row}")
         tokens, class_row = self._tokens(x, with_class_row)
-        sizes = {} if tokens.sizes is None else {"sizes": tokens.sizes}
-        logits = self.head(self.pooling(self.norm(tokens.x), **sizes))
+        normed = self.norm(tokens.x)
+        logits = self._read(normed, tokens)
+        if with_patches:
+            return logits, normed[:, self._num_prefix :]
         return logits if class_row is None else (logits, class_row.mean(dim=1)[:, self._num_prefix :])
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -143,17 +147,34 @@ class VisionTransformer(nn.Module):
             "blocks": [(stage, None), (r"^stages\.(\d+)\.downsampling", with_the_block_before), (r"^norm\.", with_the_block_before)],
         }
 
-    def _tokens(self, x: Tensor, with_class_row: bool = False) -> tuple[Tokens, Tensor | None]:
+    def embed(self, x: Tensor) -> Tokens:
+        """The tokens that the first block takes, of images `(B, in_chans, img_size, img_size)`."""
         x = self.patch_embed(x)
         if self.prefix is not None:
             x = self.prefix(x)
         if self.position is not None:
             x = self.position(x)
-        tokens = Tokens(x)
+        return Tokens(x)
+
+    def classify(self, tokens: Tokens) -> Tensor:
+        """Logits `(B, num_classes)` of the tokens after the last block."""
+        return self._read(self.norm(tokens.x), tokens)
+
+    def _read(self, normed: Tensor, tokens: Tokens) -> Tensor:
+        sizes = {} if tokens.sizes is None else {"sizes": tokens.sizes}
+        return self.head(self.pooling(normed, **sizes))
+
+    def _tokens(self, x: Tensor, with_class_row: bool = False) -> tuple[Tokens, Tensor | None]:
+        tokens = self.embed(x)
         *stages, last = self.stages
         for stage in stages:
             tokens, _ = stage(tokens)
         return last(tokens, with_class_row)
+
+
+def drop_path_rates(depth: int, drop_path: float) -> tuple[float, ...]:
+    """The stochastic depth of each block as timm spaces them: from 0 at the first to `drop_path` at the last."""
+    return tuple(index * drop_path / max(1, depth - 1) for index in range(depth))
 
 
 def build(spec: ArchSpec, *, generator: torch.Generator | None = None, drop_path: float = 0.0) -> VisionTransformer:

@@ -69,8 +69,8 @@ def test_slices_have_the_shapes_outputs_and_gradients_of_the_narrow_network(kind
     assert subnets, "no width of the network could be reduced"
     for subnet in subnets:
         wide, narrow = built(subnet.supernet), built(subnet.arch)
-        slices = subnet_tensors(subnet, dict(wide.named_parameters()))
-        assert {name: tensor.shape for name, tensor in slices.items()} == {name: own.shape for name, own in narrow.named_parameters()}
+        slices = subnet_tensors(subnet, wide.state_dict(keep_vars=True))
+        assert {name: tensor.shape for name, tensor in slices.items()} == {name: own.shape for name, own in narrow.state_dict().items()}
         x, weight = images(subnet.img_size), torch.linspace(-1, 2, 7)
         shared = functional_call(narrow, slices, (x,))
         (shared * weight).sum().backward()
@@ -92,8 +92,10 @@ def numbered(tensor: Tensor) -> Tensor:
     return torch.arange(tensor.numel()).reshape(tensor.shape)
 
 
-LINEAR_IN_ITS_WIDTHS = {"attention", "window_attention", "mlp", "learned", "class_token", "conv", "linear", "tanh_mlp"}
-"""Components that entries of zero, in weights and tokens, do not change; a norm or a power mean looks at all channels."""
+LINEAR_IN_ITS_WIDTHS = {
+    *("attention", "window_attention", "mlp", "learned", "class_token", "conv", "residual_conv_stem", "linear", "tanh_mlp")
+}
+"""Components that entries of zero, in weights and tokens, do not change; a norm over them or a power mean looks at all channels."""
 WITHOUT_NORM = [(kind, part) for kind, part in CASES if part.name in LINEAR_IN_ITS_WIDTHS and not part.choices.get("norm")]
 
 

@@ -22,7 +22,7 @@ TABLE_STD = 0.02
 @component(
     "mixer",
     "relative_attention",
-    choices=HEADS | {"max_distance": Choice(offered=(7, 14), default=14, allowed=POSITIVE)},
+    choices=HEADS | {"max_distance": Choice(offered=(7, 14), default=14, allowed=POSITIVE, is_sliced=False)},
     needs_grid=True,
 )
 class RelativeAttention(nn.Module):

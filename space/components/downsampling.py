@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from space.component import Choice, Cost, Folds, TokenShape, component
-from space.registry import SpecError
+from space.registry import ImageSizeError, SpecError
 
 
 @component("downsampling", "patch_merging", choices={"kernel": Choice(offered=(2, 3, 4))}, needs_grid=True)
@@ -33,7 +33,7 @@ class PatchMerging(nn.Module):
         if shape.num_prefix:
             raise SpecError(f"{shape.num_prefix} prefix tokens have no place on the grid that is merged")
         if shape.grid[0] % 2 or shape.grid[1] % 2:
-            raise SpecError(f"the grid {shape.grid[0]}x{shape.grid[1]} has an odd side and cannot be halved")
+            raise ImageSizeError(f"the grid {shape.grid[0]}x{shape.grid[1]} has an odd side and cannot be halved")
         grid = (shape.grid[0] // 2, shape.grid[1] // 2)
         return TokenShape(out_dim, grid[0] * grid[1], grid)
 

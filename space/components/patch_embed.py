@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from space.component import POSITIVE, Choice, Cost, ImageShape, TokenShape, component
-from space.registry import SpecError
+from space.registry import ImageSizeError
 from space.spec import Component
 
 
@@ -45,10 +45,10 @@ class ConvPatchEmbed(nn.Module):
     def output_shape(shape: ImageShape, *, kernel: int, stride: int, bias: bool, norm: bool, padding: bool, out_dim: int) -> TokenShape:
         if not padding:
             if min(shape.height, shape.width) < kernel:
-                raise SpecError(f"an image of {shape.height}x{shape.width} pixels is smaller than the kernel {kernel}")
+                raise ImageSizeError(f"an image of {shape.height}x{shape.width} pixels is smaller than the kernel {kernel}")
             grid = ((shape.height - kernel) // stride + 1, (shape.width - kernel) // stride + 1)
         elif shape.height % stride or shape.width % stride:
-            raise SpecError(f"an image of {shape.height}x{shape.width} pixels is not a multiple of the stride {stride}")
+            raise ImageSizeError(f"an image of {shape.height}x{shape.width} pixels is not a multiple of the stride {stride}")
         else:
             grid = (shape.height // stride, shape.width // stride)
         return TokenShape(out_dim, grid[0] * grid[1], grid)

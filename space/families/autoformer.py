@@ -11,6 +11,9 @@ head reads the mean of the patches. The two forms differ in their attention:
   `macs` of `cost` are its table's MACs: that count leaves norms out.
 - AutoFormer (the code at https://github.com/microsoft/Cream, run with `--change_qk --relative_position --gp`): heads of 64 channels
   whatever the width, and relative positions up to 14 patches in keys and values. Its norms have eps 1e-5.
+
+Both share weights in AutoFormer's supernet. Ours holds the second form, whose heads are whole slices of the widest attention; in the first
+the width of a head changes with the number of heads.
 """
 
 from __future__ import annotations
@@ -20,15 +23,23 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from space.family import Family, family
+from space.family import Family, NamedSupernet, family
 from space.registry import SpecError
 from space.search_space import Axis, Candidate, SearchSpace
 from space.spec import ArchSpec, BlockSpec, Component, StageSpec
+from space.supernet_space import BlockChoices, StageChoices, SupernetSpace
 
 FIELDS = ("hidden_dim", "depth", "mlp_ratio", "num_heads")
 PATCH_SIZE = 16
 CREAM_HEAD_DIM = 64
-CREAM_EPS = 1e-5
+
+# Made once: a search makes tens of thousands of networks.
+PATCH_EMBED = Component("conv", kernel=PATCH_SIZE, stride=PATCH_SIZE)
+PREFIX = Component("class_token")
+POSITION = Component("learned")
+POOLING = Component("mean")
+AUTO_PROX_NORM = Component("layer_norm")
+CREAM_NORM = Component("layer_norm", eps=1e-5)
 
 
 @dataclass(frozen=True)
@@ -57,12 +68,12 @@ def spec(arch: Mapping[str, Any], *, num_classes: int, img_size: int = 224) -> A
 
     Raises SpecError naming what is missing or cannot be.
     """
-    return _spec(arch, _auto_prox_block, Component("layer_norm"), num_classes=num_classes, img_size=img_size)
+    return _spec(arch, _auto_prox_block, AUTO_PROX_NORM, num_classes=num_classes, img_size=img_size)
 
 
 def cream_spec(arch: Mapping[str, Any], *, num_classes: int, img_size: int = 224) -> ArchSpec:
     """The network of the same notation with AutoFormer's own attention."""
-    return _spec(arch, _cream_block, Component("layer_norm", eps=CREAM_EPS), num_classes=num_classes, img_size=img_size)
+    return _spec(arch, _cream_block, CREAM_NORM, num_classes=num_classes, img_size=img_size)
 
 
 def _spec(arch: Mapping[str, Any], block: Block, norm: Component, *, num_classes: int, img_size: int) -> ArchSpec:
@@ -72,11 +83,11 @@ def _spec(arch: Mapping[str, Any], block: Block, norm: Component, *, num_classes
         stages=(StageSpec(embed_dim=width, blocks=blocks),),
         img_size=img_size,
         num_classes=num_classes,
-        patch_embed=Component("conv", kernel=PATCH_SIZE, stride=PATCH_SIZE),
-        prefix=Component("class_token"),
-        position=Component("learned"),
+        patch_embed=PATCH_EMBED,
+        prefix=PREFIX,
+        position=POSITION,
         norm=norm,
-        pooling=Component("mean"),
+        pooling=POOLING,
     )
 
 
@@ -150,6 +161,24 @@ def label(arch: Mapping[str, Any]) -> str:
     return f"{arch['hidden_dim']}x{arch['depth']} {blocks}"
 
 
+def cream_supernet(size: str, *, img_size: int = 224, num_classes: int = 1000) -> SupernetSpace:
+    """The networks of `autoformer_cream/SIZE` as subnets of the largest: the first blocks up to a depth, ratios of the width."""
+    ranges = CREAM[size]
+    block = BlockChoices(mixer={"num_heads": ranges.num_heads}, feed_forward={"hidden_dim": ranges.mlp_ratios})
+    depth = ranges.depths[-1]
+    largest = {
+        "hidden_dim": max(ranges.hidden_dims),
+        "depth": depth,
+        "mlp_ratio": [max(ranges.mlp_ratios)] * depth,
+        "num_heads": [max(ranges.num_heads)] * depth,
+    }
+    return SupernetSpace(
+        name=f"autoformer_cream/{size}",
+        largest=cream_spec(largest, num_classes=num_classes, img_size=img_size),
+        stages=(StageChoices(widths=ranges.hidden_dims, blocks=(block,) * depth, depths=tuple(ranges.depths)),),
+    )
+
+
 @family("autoformer")
 def autoformer() -> Family:
     """AutoFormer: plain Vision Transformers whose heads and feed-forward ratio are chosen for every block."""
@@ -157,4 +186,10 @@ def autoformer() -> Family:
     return Family(
         spaces={"autoformer": autoformer_space, **{name: partial(_space, name, ranges, cream_spec) for name, ranges in own.items()}},
         tables={"autoformer": spec, "autoformer_cream": cream_spec},
+        supernets={
+            f"autoformer_cream/{size}": NamedSupernet(
+                summary=f"AutoFormer-{size.capitalize()} (https://arxiv.org/abs/2107.00651), 224 px", make=partial(cream_supernet, size)
+            )
+            for size in CREAM
+        },
     )
