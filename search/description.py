@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from results.formats import shortened
 from space.component import Cost
 from space.cost import cost, cost_by_part
 from space.edits import part_text
+from space.families.sn_net import Anchors, compute_levels, level_gap
 from space.model import Model, as_arch, depth_of
 from space.spec import ArchSpec, BlockSpec
 from space.values import value_text
@@ -30,6 +32,28 @@ def description(model: Model) -> list[str]:
         *count_table(cost_by_part(model), cost(model)),
         f"digest {model.digest}   {model.img_size} px, depth {depth_of(model)}, {model.num_classes} classes",
     ]
+
+
+def stitch_rows(anchors: Anchors, space: str) -> list[dict[str, Any]]:
+    """Every usable stitch of a stitching space: its number, key and kind, and the exact counts of its network."""
+    rows = []
+    for stitch in anchors.stitches(space):
+        counted = cost(anchors.stitch(stitch.route))
+        rows.append({"id": stitch.id, "key": anchors.key(stitch.route), "kind": stitch.kind, **counted._asdict()})
+    return rows
+
+
+def stitch_table(anchors: Anchors, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The stitches in lines, the cheapest first, and how they spread over levels of cost."""
+    levels = compute_levels([row["fvcore_macs"] for row in rows], level_gap(anchors.models))
+    lines = [f"{len(rows)} stitches of {' and '.join(anchors.names)}, on {len(levels)} levels of cost", ""]
+    lines.append(f"{'id':>4}  {'kind':8}{'gmacs':>9}{'params_m':>10}  MODEL: sn_net:{'+'.join(anchors.names)}:...")
+    for number, level in enumerate(levels):
+        lines += [""] if number else []
+        for row in sorted((rows[position] for position in level), key=lambda row: row["macs"]):
+            route = row["key"].rpartition(":")[2]
+            lines.append(f"{row['id']:>4}  {row['kind']:8}{row['macs'] / 1e9:>9.3f}{row['params'] / 1e6:>10.2f}  {route}")
+    return lines
 
 
 def call_in_words(call: Call, values: Mapping[str, float]) -> list[str]:

@@ -123,6 +123,38 @@ class ModelKind(ABC, Generic[M]):
         return None
 
 
+class KindOfArch(ModelKind[M]):
+    """The contract of a kind whose models are networks of our components with an identity of their own, such as parts of larger networks.
+
+    What does not depend on that identity is answered for the network, `as_arch`.
+    """
+
+    @abstractmethod
+    def as_arch(self, model: M) -> ArchSpec:
+        """The network on its own."""
+
+    def cost_by_part(self, model: M) -> dict[str, Cost]:
+        return self._kind(model).cost_by_part(self.as_arch(model))
+
+    def cost(self, model: M) -> Cost:
+        return self._kind(model).cost(self.as_arch(model))
+
+    def depth(self, model: M) -> int:
+        return self._kind(model).depth(self.as_arch(model))
+
+    def token_size(self, model: M) -> int | None:
+        return self._kind(model).token_size(self.as_arch(model))
+
+    def why_no_class_row(self, model: M) -> str | None:
+        return self._kind(model).why_no_class_row(self.as_arch(model))
+
+    def foldable_convolution(self, model: M) -> str | None:
+        return self._kind(model).foldable_convolution(self.as_arch(model))
+
+    def _kind(self, model: M) -> ModelKind[ArchSpec]:
+        return kinds.get(self.as_arch(model).kind)
+
+
 kinds: Registry[ModelKind[Any]] = Registry("model_kind", package="space.kinds")
 K = TypeVar("K", bound=ModelKind[Any])
 

@@ -18,10 +18,10 @@ from space.spec import ArchSpec, Component, StageSpec
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], 'an object is expected whose "model" is one of "arch", "subnet", "timm"'),
-        ({"name": "resnet18"}, 'an object is expected whose "model" is one of "arch", "subnet", "timm"'),
+        ([], 'an object is expected whose "model" is one of "arch", "stitch", "subnet", "timm"'),
+        ({"name": "resnet18"}, 'an object is expected whose "model" is one of "arch", "stitch", "subnet", "timm"'),
         ({"model": "tim"}, "unknown kind of model 'tim'; did you mean 'timm'"),
-        ({"model": {"model": "arch"}}, 'an object is expected whose "model" is one of "arch", "subnet", "timm"'),
+        ({"model": {"model": "arch"}}, 'an object is expected whose "model" is one of "arch", "stitch", "subnet", "timm"'),
         ({"model": "arch"}, "spec lacks stages"),
     ],
 )

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from space.component import Cost
-from space.cost import cost, cost_by_part
-from space.model import Model, ModelKind, fit_tensors, kinds, model_kind, supports_class_row, token_size
+from space.model import KindOfArch, Model, fit_tensors, model_kind
 from space.registry import SpecError
 from space.spec import ArchSpec, BlockSpec, Component, StageSpec
 from space.subnet_spec import SubnetSpec
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @model_kind("subnet")
-class SubnetKind(ModelKind[SubnetSpec]):
+class SubnetKind(KindOfArch[SubnetSpec]):
     """An architecture cut out of a supernet; it costs what it costs alone."""
 
     def examples(self) -> tuple[SubnetSpec, ...]:
@@ -47,12 +45,6 @@ class SubnetKind(ModelKind[SubnetSpec]):
         size = {"img_size": img_size, "num_classes": num_classes}
         return replace(model, supernet=replace(model.supernet, **size), arch=replace(model.arch, **size))
 
-    def cost_by_part(self, model: SubnetSpec) -> dict[str, Cost]:
-        return cost_by_part(model.arch)
-
-    def cost(self, model: SubnetSpec) -> Cost:
-        return cost(model.arch)
-
     def build(self, model: SubnetSpec, *, seed: int, drop_path: float) -> nn.Module:
         """The network of `arch` with fresh weights; a block's stream is named by the block that it was in the supernet.
 
@@ -61,15 +53,6 @@ class SubnetKind(ModelKind[SubnetSpec]):
         from space.vit import build_seeded
 
         return build_seeded(model.arch, seed=seed, drop_path=drop_path, origin=model.origin)
-
-    def depth(self, model: SubnetSpec) -> int:
-        return model.arch.depth
-
-    def token_size(self, model: SubnetSpec) -> int | None:
-        return token_size(model.arch)
-
-    def why_no_class_row(self, model: SubnetSpec) -> str | None:
-        return supports_class_row(model.arch)
 
     def as_arch(self, model: SubnetSpec) -> ArchSpec:
         return model.arch
@@ -89,6 +72,3 @@ class SubnetKind(ModelKind[SubnetSpec]):
         except SpecError as error:
             raise SpecError(f"{alone}; nor are they of its supernet: {error}") from error
         return whole._replace(tensors=subnet_tensors(model, whole.tensors), changes=(*whole.changes, "slices of the supernet's"))
-
-    def foldable_convolution(self, model: SubnetSpec) -> str | None:
-        return kinds.get(model.arch.kind).foldable_convolution(model.arch)
