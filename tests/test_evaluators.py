@@ -4,9 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-import statistics
-from types import SimpleNamespace
-from unittest.mock import ANY
 
 import pytest
 import torch
@@ -20,13 +17,14 @@ from space.recipe import Recipe
 from space.registry import SpecError
 from space.search_space import Candidate
 from space.spec import Component
+from space.supernet_space import BlockChoices, StageChoices, SupernetSpace
 from space.timm_spec import TimmSpec
 from workers.checkpoints import save_model
 from workers.data import load_dataset
 from workers.evaluate import Job, evaluate
-from workers.evaluator import ARTIFACTS, Call, Context, EarlierTrial, NoSettings, evaluators
+from workers.evaluator import Call, Context, EarlierTrial, NoSettings, evaluators
 from workers.evaluators import profile as profile_module
-from workers.evaluators.profile import ProfileSettings, profile
+from workers.timing import Execution, on_device
 from workers.weights import weights_from
 
 SMALL = spec(Network.parse("4,8,2|2,4,2|2,2,2|2,1,2|16,8"), img_size=32, num_classes=10)
@@ -34,6 +32,8 @@ CONTEXT = Context(seed=0)
 RECIPE = Recipe(epochs=1, batch_size=256)
 # Other test files register evaluators of their own.
 EVALUATORS = [each for each in map(evaluators.get, evaluators.names()) if each.function.__module__.startswith("workers.evaluators.")]
+CHOICES = tuple(StageChoices(widths=(stage.embed_dim,), blocks=(BlockChoices(),) * len(stage.blocks)) for stage in SMALL.stages)
+SPACE = SupernetSpace(name="small", largest=SMALL, stages=CHOICES)
 QUICK = {
     "as_vit": {"num_repeats": "2", "ntk_batch_size": "4", "num_angles": "2"},
     "az_nas": {"batch_size": "4"},
@@ -44,6 +44,8 @@ QUICK = {
     "linear_probe": {"epochs": "1"},
     "profile": {"num_runs": "30", "num_warmup": "1"},
     "robustness": {"max_images": "20"},
+    "supernet": {"space": json.dumps(SPACE.to_json())},
+    "throughput": {"max_batch_size": "2"},
     "w_pca": {"batch_size": "4"},
 }
 
@@ -60,7 +62,7 @@ def each(request):
 def trained(tmp_path_factory):
     """The work directory of a trial that has left its network."""
     workdir = tmp_path_factory.mktemp("trained")
-    save_model(workdir / "model.pt", build_model(SMALL, seed=0), SMALL)
+    save_model(workdir / "model.pt", build_model(SMALL, seed=0), SMALL, space=json.dumps(SPACE.to_json()))
     return workdir
 
 
@@ -77,7 +79,10 @@ def run(trained, tmp_path):
             recipe=RECIPE,
             weights=weights_from(workdir / "model.pt", SMALL) if each.weights == "needed" else None,
             workdir=workdir,
-            earlier={phase: (EarlierTrial(number=0, workdir=trained, key=phase, seed=RECIPE.seed),) for phase in ("backbone", "train")},
+            earlier={
+                phase: (EarlierTrial(number=0, workdir=trained, key=phase, seed=RECIPE.seed),)
+                for phase in ("backbone", "supernet", "train")
+            },
         )
         return each.function(SMALL, context, each.parse_settings(QUICK.get(each.name, {})))
 
@@ -186,44 +191,16 @@ def test_the_closed_form_refuses_what_it_does_not_hold_for():
         evaluators.get("as_vit_closed_form").function(plain, CONTEXT, NoSettings())
 
 
-def profiled(monkeypatch, workdir, run_times_ms):
-    """What `profile` measures and warns of when its runs take so many milliseconds, and its artifact."""
-    clock = iter([reading for run_time in run_times_ms for reading in (0.0, run_time / 1000)])
-    monkeypatch.setattr(profile_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    warnings = []
-    context = Context(seed=0, workdir=workdir, warn=warnings.append)
-    settings = ProfileSettings(num_runs=len(run_times_ms), num_warmup=1, batch_size=4, precision="bf16")
-    measured = profile(SMALL, context, settings)
-    return measured, warnings, json.loads((workdir / ARTIFACTS / "profile.json").read_text())
+def peak_mb(batch_size=1, precision="fp32"):
+    """What `profile` reports as `memory_mb`."""
+    with torch.inference_mode():
+        network = on_device(SMALL, Execution(precision=precision), batch_size=batch_size, device="cpu", seed=0)
+        return profile_module._peak_bytes(*network) / 1e6
 
 
-def test_profile_reports_the_median_and_spread_of_its_runs(monkeypatch, tmp_path):
-    run_times_ms = list(range(1, 31))
-    measured, _, stored = profiled(monkeypatch, tmp_path, run_times_ms)
-    lower, median, upper = statistics.quantiles(run_times_ms, n=4)
-    assert measured["latency_ms"] == pytest.approx(median)
-    assert measured["latency_iqr_ms"] == pytest.approx(upper - lower)
-    assert (measured["latency_q1_ms"], measured["latency_q3_ms"]) == pytest.approx((lower, upper))
-    assert measured["throughput_img_s"] == pytest.approx(4 * 1000 / median)
-    assert stored.pop("latencies_ms") == pytest.approx(run_times_ms)
-    circumstances = {"batch_size": 4, "precision": "bf16", "threads": 1, "device": "cpu", "num_warmup": 1, "is_noisy": True}
-    assert stored == circumstances
-
-
-def test_profile_says_noisy_when_the_middle_half_of_its_runs_spreads_over_more_than_a_tenth(monkeypatch, tmp_path):
-    # A third of the runs are slower, so the upper quartile is.
-    calm, noisy = ([100.0, 100.0, 100.0 + spread] * 10 for spread in (9, 11))
-    assert profiled(monkeypatch, tmp_path, calm)[1:] == ([], ANY)
-    _, warnings, stored = profiled(monkeypatch, tmp_path, noisy)
-    assert ["latency_ms is noisy" in warning for warning in warnings] == [True]
-    assert stored["is_noisy"]
-
-
-def test_profile_memory_holds_the_weights_and_grows_with_the_batch(tmp_path):
-    context = Context(seed=0, workdir=tmp_path)
-    one, many = (profile(SMALL, context, ProfileSettings(num_runs=30, num_warmup=1, batch_size=size))["memory_mb"] for size in (1, 8))
-    assert one > 4 * cost(SMALL).params / 1e6
-    assert many > one
+def test_profile_memory_holds_the_weights_and_grows_with_the_batch():
+    assert peak_mb() > 4 * cost(SMALL).params / 1e6
+    assert peak_mb(batch_size=8) > peak_mb()
 
 
 def test_peak_memory_counts_what_is_alive_together():
@@ -237,16 +214,12 @@ def test_peak_memory_counts_what_is_alive_together():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_profile_runs_in_half_precision_with_half_the_memory(precision, tmp_path):
-    context = Context(seed=0, workdir=tmp_path)
-    full, half = (
-        profile(SMALL, context, ProfileSettings(num_runs=30, num_warmup=1, precision=name))["memory_mb"] for name in ("fp32", precision)
-    )
-    assert half == pytest.approx(full / 2, rel=0.2)
+def test_profile_runs_in_half_precision_with_half_the_memory(precision):
+    assert peak_mb(precision=precision) == pytest.approx(peak_mb() / 2, rel=0.2)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["profile", "as_vit"])
+@pytest.mark.parametrize("name", ["profile", "throughput", "as_vit"])
 def test_evaluators_run_on_the_gpu(name, tmp_path):
     each = evaluators.get(name)
     settings = each.parse_settings(QUICK[name])
@@ -255,16 +228,3 @@ def test_evaluators_run_on_the_gpu(name, tmp_path):
     if name == "as_vit":
         on_cpu = each.function(SMALL, CONTEXT, settings)
         assert on_gpu["length_distortion"] == pytest.approx(on_cpu["length_distortion"], rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("assignment", "words"),
-    [
-        ({"precision": "fp8"}, "allowed: fp32, bf16, fp16"),
-        ({"num_runs": "10"}, "whole numbers from 30"),
-        ({"batch_size": "0"}, "whole numbers from 1"),
-    ],
-)
-def test_profile_settings_out_of_range_are_refused(assignment, words):
-    with pytest.raises(ValueError, match=words):
-        evaluators.get("profile").parse_settings(assignment)

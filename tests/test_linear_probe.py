@@ -20,6 +20,7 @@ from workers.evaluator import Context, EarlierTrial, EvaluationError, evaluators
 from workers.evaluators.linear_probe import LinearProbeSettings, cached_tokens, check_same_but_pooling, linear_probe
 from workers.evaluators.train import TrainSettings, train_network
 from workers.inference import mean_nll, predict, top1_pct
+from workers.weights import weights_from
 
 POOLINGS = {
     "class_token": Component("class_token"),
@@ -234,3 +235,27 @@ def test_a_backbone_whose_tokens_have_sizes_is_refused():
     merging = with_reductions(vit(), {1: Component("mctf", r=4)})
     with pytest.raises(SpecError, match="linear_probe keeps tokens without their sizes"):
         check_same_but_pooling(merging, merging)
+
+
+def test_a_network_probed_on_its_own_weights_is_a_backbone_with_its_own_pooling(dataset, backbone, probe, tmp_path):
+    values, _, left = probe("mean")
+    context = Context(
+        seed=0,
+        dataset=dataset,
+        recipe=Recipe(epochs=1, seed=0),
+        weights=weights_from(backbone[0] / "model.pt", vit()),
+        workdir=tmp_path / "own",
+    )
+    own = linear_probe(vit(), context, QUICK)
+    assert own == pytest.approx(values, abs=1e-4)  # sums in another order
+    there = dict(np.load(tmp_path / "own" / "artifacts" / "predictions.npz"))
+    assert (there["ids"] == left["ids"]).all()
+    assert 100 * there["val_correct"].mean() == pytest.approx(own["val_top1_pct"])
+
+
+def test_the_weights_of_a_timm_network_stay_and_its_classifier_learns(dataset, tmp_path):
+    model = TimmSpec(name="test_vit", img_size=16, num_classes=10)
+    torch.save(build_model(model, seed=3).state_dict(), tmp_path / "test_vit.pth")
+    weights = weights_from(tmp_path, model, "timm:test_vit")
+    context = Context(seed=0, dataset=dataset, recipe=Recipe(epochs=1), weights=weights, workdir=tmp_path / "timm")
+    assert linear_probe(model, context, QUICK)["val_top1_pct"] > 30  # chance is 10

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import faulty
 import numpy as np
 import pytest
-from conftest import REPOSITORY
 
 import workers.pool as pool_module
 from results.records import Failure, Measurement, Metric
@@ -61,12 +62,6 @@ def job(trial: int, workdir: Path, *, data: str = "digits", num_together: int = 
     )
 
 
-@pytest.fixture(autouse=True)
-def evaluators_of_this_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's workers import the modules of tests from here."""
-    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests'}")
-
-
 def test_it_says_what_has_to_happen_before_a_job_can_start(tmp_path: Path, pool: RayPool):
     assert pool.awaits() == ""
     pool.submit(job(0, tmp_path))
@@ -76,13 +71,6 @@ def test_it_says_what_has_to_happen_before_a_job_can_start(tmp_path: Path, pool:
     assert isinstance(events[-1], Finished)
     pool.submit(job(1, tmp_path))
     assert pool.awaits() == ""
-
-
-@pytest.fixture
-def pool() -> Iterator[RayPool]:
-    made = RayPool(address="local")
-    yield made
-    made.close()
 
 
 def outcomes(pool: RayPool, num: int) -> list:
@@ -104,18 +92,15 @@ def counting_load(marks: str):
     return counted
 
 
-def test_all_workers_read_one_data_set_that_was_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_all_workers_read_one_data_set_that_was_decoded_once(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch):
     marks = tmp_path / "marks"
     monkeypatch.setattr(pool_module, "_load_dataset", counting_load(str(marks)))
-    pool = RayPool(address="local")
-    try:
+    with closing(RayPool(address=cluster.address)) as pool:
         for trial in range(2):
             pool.submit(job(trial, tmp_path / "work", num_together=2))
         measured = outcomes(pool, 2)
         pool.submit(job(2, tmp_path / "later"))
         measured += outcomes(pool, 1)
-    finally:
-        pool.close()
     assert marks.read_text() == "digits 32\n"
     assert all(isinstance(outcome, Measurement) for outcome in measured), measured
     assert len({outcome.values["sum"] for outcome in measured}) == 1

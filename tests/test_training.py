@@ -7,16 +7,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from forked import Forked
 
+from space import catalog
 from space.model import build_model
 from space.recipe import Recipe
 from space.registry import SpecError
@@ -110,29 +109,12 @@ def test_stopped_after_any_step_and_resumed_it_ends_with_the_same_bits(tiny_vit,
     assert resumed == uninterrupted
 
 
-TRAIN_IN_A_PROCESS = """
-import sys
-import torch
-from pathlib import Path
-from space.recipe import Recipe
-from space.catalog import resolve
-from workers.checkpoints import save_model
-from workers.data import load_dataset
-from workers.training import train
-
-torch.set_num_threads(1)
-workdir = Path(sys.argv[1])
-model = resolve("vit_digits")
-dataset = load_dataset("digits", img_size=model.img_size)
-recipe = Recipe(epochs=3, batch_size=128, mixing="mixpro", drop_path=0.1, ema_decay=0.9, flip=False)
-trained = train(model, recipe, dataset, workdir=workdir, checkpoint_every_s=0)
-torch.save(trained.network.state_dict(), workdir / "end.pt")
-"""
-
-
-def start(workdir):
-    command = [sys.executable, "-c", TRAIN_IN_A_PROCESS, str(workdir)]
-    return subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def train_to_the_end(workdir):
+    torch.set_num_threads(1)
+    model = catalog.resolve("vit_digits")
+    recipe = Recipe(epochs=3, batch_size=128, mixing="mixpro", drop_path=0.1, ema_decay=0.9, flip=False)
+    trained = train(model, recipe, load_dataset("digits", img_size=model.img_size), workdir=workdir, checkpoint_every_s=0)
+    torch.save(trained.network.state_dict(), workdir / "end.pt")
 
 
 def newest_step(workdir) -> int:
@@ -143,19 +125,20 @@ def newest_step(workdir) -> int:
 def test_killed_with_kill_9_and_resumed_it_ends_with_the_same_bits(tmp_path):
     for name in ("uninterrupted", "killed"):
         (tmp_path / name).mkdir()
-    whole = start(tmp_path / "uninterrupted")
+    whole = Forked(train_to_the_end, tmp_path / "uninterrupted", folder=tmp_path / "uninterrupted")
     generator = random.Random(0)
     for kill_after in (1, 12, 20):
-        process = start(tmp_path / "killed")
-        while process.poll() is None and newest_step(tmp_path / "killed") < kill_after:
+        process = Forked(train_to_the_end, tmp_path / "killed", folder=tmp_path / "killed")
+        while process.is_running and newest_step(tmp_path / "killed") < kill_after:
             time.sleep(0.005)
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.is_running, "it ended before it could be killed"
         # Anywhere in a step, in the middle of a write or between two.
         time.sleep(generator.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
+        process.send(signal.SIGKILL)
         process.wait()
-    assert start(tmp_path / "killed").wait() == 0
-    assert whole.wait() == 0
+    resumed = Forked(train_to_the_end, tmp_path / "killed", folder=tmp_path / "killed")
+    for ended in (resumed.wait(), whole.wait()):
+        assert ended.returncode == 0, ended.stderr
     ends = [torch.load(tmp_path / name / "end.pt", weights_only=True) for name in ("uninterrupted", "killed")]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])

@@ -380,7 +380,7 @@ def test_evaluate_starts_from_a_file_and_says_so_in_one_line(folder_with_weights
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("evaluate vit_digits --evaluators cost --weights w", "none of --evaluators cost starts from weights; accuracy, train would"),
+        ("evaluate vit_digits --evaluators cost --weights w", "none of --evaluators cost starts from weights; accuracy, "),
         ("evaluate vit_digits --evaluators accuracy", "accuracy needs --weights: a network with fresh weights knows nothing"),
         ("evaluate vit_digits --img-size 8 --evaluators accuracy --weights w/none.pth", "w/none.pth do not exist"),
         ("evaluate vit_cifar --evaluators train --recipe epochs=1 --weights w/vit_digits.pth", "are of another architecture: no "),

@@ -91,10 +91,10 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None], *, up_to: int |
     return None
 
 
-def save_model(path: Path, network: nn.Module, model: Model) -> None:
-    """The weights of `network` with the spec of its architecture, in one file that appears only when it is whole."""
+def save_model(path: Path, network: nn.Module, model: Model, **more: str) -> None:
+    """The weights of `network` with the spec of its architecture and `more`, in one file that appears only when it is whole."""
     with _appearing_whole(path.parent) as (file, name_it):
-        torch.save({"spec": json.dumps(model.to_json()), "weights": network.state_dict()}, file)
+        torch.save({"spec": json.dumps(model.to_json()), **more, "weights": network.state_dict()}, file)
         name_it(path.name)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from results.records import write_json_atomically
 from workers.evaluator import Context, EvaluationError, failure_kind
-from workers.resources import Resources
+from workers.resources import NODE, Resources
 
 MAX_LOSSES = 3
 RESULT = "distributed.json"
@@ -73,7 +73,8 @@ def task_options(resources: Resources) -> dict[str, Any]:
     """The resources of one process as options of a Ray task; `memory` is scheduled, not enforced."""
     memory = {"memory": resources.memory_mb * 2**20} if resources.memory_mb else {}
     accelerator = {"accelerator_type": resources.accelerator_type} if resources.accelerator_type else {}
-    return {"num_cpus": resources.cpus, "num_gpus": resources.gpus, **memory, **accelerator}
+    share = {"resources": {NODE: resources.node_share}} if resources.node_share else {}
+    return {"num_cpus": resources.cpus, "num_gpus": resources.gpus, **memory, **accelerator, **share}
 
 
 def _run_in_task(function: Callable[[], dict[str, Any]], num_threads: int) -> dict[str, Any]:
@@ -105,7 +106,8 @@ def in_processes(function: Callable[[Process], Mapping[str, Any]], resources: Re
     ray_files = workdir / "ray_train"
     (workdir / RESULT).unlink(missing_ok=True)
     uses_gpu = resources.device == "cuda"
-    needs = {"CPU": resources.cpus, **({"GPU": resources.gpus} if uses_gpu else {})}
+    share = {NODE: resources.node_share} if resources.node_share else {}
+    needs = {"CPU": resources.cpus, **({"GPU": resources.gpus} if uses_gpu else {}), **share}
     work = _Work(ray.put(function), workdir / RESULT, resources.device, torch.get_num_threads())
     for num_losses in itertools.count():
         trainer = TorchTrainer(

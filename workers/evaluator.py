@@ -131,7 +131,8 @@ class Evaluator:
     `uses_processes` spreads its work over the processes of the trial (`workers.distributed.on_devices`); any other runs in one of them.
     `weights` says what it does with those that a candidate starts from: one that ignores them looks at the architecture alone, and one
     that needs them takes their classifier too. Two trials that differ in nothing but the setting named by `continued_by` are one
-    training, stopped at different points: the later may go on from the files of the earlier. `check(model, recipe, settings)` is called
+    training, stopped at different points: the later may go on from the files of the earlier. One that `measures_time` wants its node
+    alone: a trial of such evaluators takes a whole node. `check(model, recipe, settings)` is called
     before anything is measured, and raises SpecError for what the evaluator could never measure.
     """
 
@@ -148,6 +149,7 @@ class Evaluator:
     weights: Literal["ignored", "optional", "needed"] = "ignored"
     continued_by: str = ""
     is_deterministic: bool = True
+    measures_time: bool = False
     cpus: float = 1.0
     gpus: float = 0.0
     memory_mb: int = 1000

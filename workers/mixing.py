@@ -61,6 +61,8 @@ class Mixed:
     """(B, g, g) bool, true where a cell shows the image itself, and anything if it is its own partner. None for Mixup and CutMix."""
     cell_size: int = 1
     """Pixels per side of a cell of the mask; those at the right and lower border may be cropped."""
+    token_lam: Tensor | None = None
+    """(B, g, g) float32: the own image's share of the label of every token of the last stage; None if tokens have the image's label."""
 
 
 class Mixer(Protocol):
@@ -71,6 +73,8 @@ class Mixer(Protocol):
 
     needs_class_row: ClassVar[bool] = False
     """Whether the loss reads how the class token of the last block attends to the patches."""
+    has_token_labels: ClassVar[bool] = False
+    """Whether the tokens of the last stage have labels of their own, which a second classifier learns beside the first."""
 
     @classmethod
     def of(cls, recipe: Recipe, *, img_size: int, patch_size: int | None) -> Self:
@@ -130,7 +134,7 @@ class GridMixing(Mixer):
         cell_size = self.cell_sizes[int(draw_uniform(generator) * len(self.cell_sizes))]
         grid = math.ceil(img_size / cell_size)
         k = cell_count(draw_uniform(generator), grid**2, self.rule)
-        partner = _send(torch.randperm(B, generator=generator), images.device)
+        partner = send(torch.randperm(B, generator=generator), images.device)
         cells = draw_cells(B, grid, k, generator, images.device)
         is_own_partner = partner == torch.arange(B, device=images.device)
         own = (cells if self.drawn == "own" else ~cells) | is_own_partner[:, None, None]
@@ -169,7 +173,7 @@ def cell_count(r: float, n: int, rule: CountRule) -> int:
 
 def draw_cells(num_images: int, grid: int, k: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
     """`(B, g, g)` bool with exactly `k` cells true in every image, all choices equally likely, the same on every device."""
-    order = _send(torch.rand(num_images, grid**2, generator=generator), torch.device(device)).argsort(dim=1, stable=True)
+    order = send(torch.rand(num_images, grid**2, generator=generator), torch.device(device)).argsort(dim=1, stable=True)
     return (order < k).view(num_images, grid, grid)
 
 
@@ -202,6 +206,15 @@ def mixed_loss(logits: Tensor, labels: Tensor, partner: Tensor, lam: Tensor, lab
         F.cross_entropy(logits.float(), some, label_smoothing=label_smoothing, reduction="none") for some in (labels, labels[partner])
     )
     return (lam * own + (1 - lam) * other).mean()
+
+
+def token_loss(token_logits: Tensor, labels: Tensor, mixed: Mixed, label_smoothing: float) -> Tensor:
+    """Mean cross entropy of the logits `(B, N, K)` of all tokens to labels `(B,)` mixed as each token was."""
+    B, N, _ = token_logits.shape
+    lam = mixed.lam[:, None].expand(B, N) if mixed.token_lam is None else mixed.token_lam.reshape(B, N)
+    # Token n of image i is row i N + n; a partner is known by its first token.
+    partner = (mixed.partner * N).repeat_interleave(N)
+    return mixed_loss(token_logits.flatten(0, 1), labels.repeat_interleave(N), partner, lam.flatten(), label_smoothing)
 
 
 @contextmanager
@@ -250,6 +263,7 @@ def mixed_with_reverse(images: Tensor, lam: float, mask: Tensor | None = None) -
     return Mixed(images=images, partner=partner, lam=torch.where(partner == order, 1.0, lam), mask=mask)
 
 
-def _send(drawn: Tensor, device: torch.device) -> Tensor:
+def send(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, on the device."""
     # From pageable memory the copy would wait for the device.
     return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)

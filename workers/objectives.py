@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from space.model import Model, build_model
+from space.model import Model, as_arch, build_model
 from space.randomness import stream
 from space.recipe import Recipe
 from space.registry import SpecError
@@ -39,7 +39,7 @@ from workers.distributed import Process
 from workers.inference import mean_nll, predict, top1_pct
 from workers.layers import freeze
 from workers.learner import Learner
-from workers.mixing import Mixer
+from workers.mixing import Mixer, token_loss
 from workers.weights import load_weights
 
 Forward = Callable[..., Any]
@@ -153,8 +153,46 @@ class Objective(ABC):
         """Take up the state of a checkpoint; called before `start`."""
 
 
+class WithTokenHead(nn.Module):
+    """A network with a second classifier on the tokens of its last stage, for mixings that label these."""
+
+    def __init__(self, network: nn.Module, head: nn.Linear):
+        super().__init__()
+        self.network, self.token_head = network, head
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the images `(B, K)` and of their tokens `(B, N, K)`."""
+        logits, tokens = self.network(images, with_patches=True)
+        return logits, self.token_head(tokens)
+
+
+def token_head(model: Model, seed: int) -> nn.Linear:
+    """The fresh classifier of `WithTokenHead`, for a network of our components."""
+    arch = as_arch(model)
+    assert arch is not None, "check_recipe refuses others"
+    head = nn.Linear(arch.stages[-1].embed_dim, model.num_classes)
+    nn.init.trunc_normal_(head.weight, std=0.02, generator=torch.Generator().manual_seed(stream(seed, "weights", "token_head")))
+    nn.init.zeros_(head.bias)
+    return head
+
+
 class Classification(Objective):
-    """Cross-entropy to the labels, smoothed and mixed as the recipe says."""
+    """Cross-entropy to the labels, smoothed and mixed as the recipe says.
+
+    A mixing that labels the tokens of the last stage adds the mean cross-entropy of a second classifier on them, which is trained with
+    the network and is no part of it.
+    """
+
+    def start(self, setup: Setup) -> nn.Module:
+        network = super().start(setup)
+        return WithTokenHead(network, token_head(setup.model, setup.recipe.seed)) if self._labels_tokens else network
+
+    def network(self, module: nn.Module) -> nn.Module:
+        return module.network if isinstance(module, WithTokenHead) else module
+
+    @property
+    def _labels_tokens(self) -> bool:
+        return self.setup.mixer is not None and self.setup.mixer.has_token_labels
 
     def loss(self, forward: Forward, batch: Batch, position: Position) -> Tensor:
         _, _, loss = self._classify(forward, batch, position)
@@ -167,12 +205,18 @@ class Classification(Objective):
             logits = forward(batch.images).float()
             return batch.images, logits, nn.functional.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
         mixed = mixer.mix(batch.images, position.stream("mixing"))
+        class_row = token_logits = None
         if mixer.needs_class_row:
             logits, class_row = forward(mixed.images, with_class_row=True)
+        elif mixer.has_token_labels:
+            logits, token_logits = forward(mixed.images)
         else:
-            logits, class_row = forward(mixed.images), None
+            logits = forward(mixed.images)
         logits = logits.float()
-        return mixed.images, logits, mixer.loss(logits, batch.labels, mixed, class_row, smoothing)
+        loss = mixer.loss(logits, batch.labels, mixed, class_row, smoothing)
+        if token_logits is not None:
+            loss = loss + token_loss(token_logits, batch.labels, mixed, smoothing)
+        return mixed.images, logits, loss
 
 
 class Distillation(Classification):

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,10 @@ from results.records import Failure, Outcome
 from workers.data import DataSet, load_dataset
 from workers.distributed import task_options
 from workers.evaluate import Job, evaluate, import_for, poisons_device
-from workers.resources import Resources
+from workers.resources import NODE, NODE_SHARE, Resources
+
+LONG_WAIT_S = 5.0
+"""After which the user is told what a trial waits for: its process starts within it."""
 
 
 class PoolError(ValueError):
@@ -107,6 +110,8 @@ class _Flight:
     num_losses: int = 0
     started_at: float | None = None
     timed_out: bool = False
+    waits_since: float = field(default_factory=time.monotonic)
+    gave_up_waiting: bool = False
 
 
 @dataclass(kw_only=True)
@@ -120,6 +125,10 @@ class RayPool:
     one. Ray retries nothing (`max_retries=0`); a job whose worker or node died is resubmitted here, into the same
     workdir, at most `max_losses` times. `max_workers` caps the jobs in flight; a cluster that grows on demand is asked for room for that
     many.
+
+    Nodes declare the custom resource `vitscale_node: 1`; a local cluster does. A job that wants a whole node takes all of it and any other
+    job a share, whichever driver of the cluster sends them, so each of the first kind runs alone. One that has waited its `wait_s` runs
+    beside the others. Where no node that a job fits on declares the resource, none of it is taken; where some do, the job goes to those.
 
     The data set of the jobs that need one is decoded by one task per image size and shared through the object store: on each
     node all workers read the same memory. Ray decodes it again when its node is lost.
@@ -155,9 +164,11 @@ class RayPool:
     def capacity(self, resources: Resources) -> int:
         read_at, capacity = self._capacities.get(resources, (float("-inf"), 0))
         if time.monotonic() - read_at > 2.0:
-            capacity = sum(_num_fitting(node, resources) for node in _alive_nodes()) // resources.processes
+            capacity = sum(_num_fitting(node, resources) for node in _nodes_for(resources)) // resources.processes
             if self.max_workers is not None:
-                capacity = self.max_workers if not self._owns_cluster else min(capacity, self.max_workers)
+                # A second job for the same whole node would wait for the first, and not for others.
+                may_grow = not self._owns_cluster and not resources.whole_node
+                capacity = self.max_workers if may_grow else min(capacity, self.max_workers)
             self._capacities[resources] = time.monotonic(), capacity
         return capacity
 
@@ -166,9 +177,14 @@ class RayPool:
 
     def _fly(self, flight: _Flight) -> None:
         flight.started_at = None
-        resources = flight.job.resources
+        flight.waits_since = time.monotonic()
+        wants = flight.job.resources
+        is_declared = any(NODE in node for node in _nodes_for(wants))
+        share = 1.0 if wants.whole_node and not flight.gave_up_waiting else NODE_SHARE
+        resources = replace(wants, node_share=share if is_declared else 0.0)
         takes = {"num_cpus": 0, "num_gpus": 0} if resources.processes > 1 else task_options(resources)
-        self._flights[self._remote.options(**takes).remote(flight.job, self._mailbox, self._dataset(flight.job))] = flight
+        job = replace(flight.job, resources=resources)
+        self._flights[self._remote.options(**takes).remote(job, self._mailbox, self._dataset(job))] = flight
 
     def _dataset(self, job: Job) -> Any:
         """A reference to the data set: Ray starts the task when the set is loaded. None for a job that needs no data set."""
@@ -206,11 +222,12 @@ class RayPool:
             if ref in self._flights:
                 events += self._land(ref, self._flights.pop(ref))
         self._cancel_overdue()
+        self._end_waiting()
         return events
 
     def _land(self, ref: Any, flight: _Flight) -> list[Event]:
         import ray
-        from ray.exceptions import ObjectLostError, OutOfMemoryError, RayError, RayTaskError
+        from ray.exceptions import ObjectLostError, OutOfMemoryError, RayError, RayTaskError, TaskCancelledError
 
         trial = flight.job.trial
         try:
@@ -224,6 +241,9 @@ class RayPool:
             if flight.timed_out:
                 message = f"not finished after its time limit of {flight.job.time_limit_s:g} s"
                 return [Finished(trial, Failure(kind="timeout", message=message))]
+            if flight.gave_up_waiting and isinstance(error, TaskCancelledError):
+                self._fly(flight)
+                return []
             if isinstance(error, ObjectLostError):
                 self._datasets.clear()
             flight.num_losses += 1
@@ -267,6 +287,24 @@ class RayPool:
                 flight.timed_out = True
                 ray.cancel(ref, force=True)
 
+    def _end_waiting(self) -> None:
+        """Let a job that has waited long enough for a whole node run beside the others."""
+        import ray
+
+        now = time.monotonic()
+        # Jobs of this study that want the same wait for each other in turn, and only the first in line for those of other studies.
+        ahead = {flight.job.resources for flight in self._flights.values() if flight.started_at is not None}
+        for ref, flight in self._flights.items():
+            resources = flight.job.resources
+            if not resources.whole_node or flight.started_at is not None or flight.gave_up_waiting:
+                continue
+            if resources in ahead:
+                flight.waits_since = now
+            elif now - flight.waits_since > resources.wait_s:
+                flight.gave_up_waiting = True
+                ray.cancel(ref, force=True)
+            ahead.add(resources)
+
     def awaits(self) -> str:
         import ray
 
@@ -275,6 +313,9 @@ class RayPool:
         datasets = list(self._datasets.values())
         if datasets and ray.wait(datasets, num_returns=len(datasets), timeout=0)[1]:
             return "the data"
+        now, flights = time.monotonic(), self._flights.values()
+        if self._has_started and any(flight.job.resources.whole_node and now - flight.waits_since > LONG_WAIT_S for flight in flights):
+            return "a node to be free of other trials"
         return "" if self._has_started else "workers to start"
 
     def close(self) -> None:
@@ -338,8 +379,15 @@ def _connect(address: str) -> None:
     import ray
 
     terminate = signal.getsignal(signal.SIGTERM)
+    is_local = address == "local"
     try:
-        ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            address=address,
+            resources={NODE: 1} if is_local else None,
+            include_dashboard=False if is_local else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except Exception as error:
         raise PoolError(f"Ray at {address!r} cannot be reached: {_first_line(error)}") from error
     # Ray replaces the caller's handler by one that exits on the spot, with trials in flight and runs open.
@@ -359,12 +407,19 @@ def _alive_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def _nodes_for(resources: Resources) -> list[dict[str, float]]:
+    """The nodes with room for a process of such a trial; those that declare `NODE` alone, where any of them does."""
+    fitting = [node for node in _alive_nodes() if _num_fitting(node, resources)]
+    return [node for node in fitting if NODE in node] or fitting
+
+
 def _num_fitting(node: Mapping[str, float], resources: Resources) -> int:
     """Processes that a node has room for; those of one trial may be on several nodes."""
     if resources.accelerator_type and f"accelerator_type:{resources.accelerator_type}" not in node:
         return 0
     needs = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_mb * 2**20}
-    return int(min((node.get(name, 0) / need for name, need in needs.items() if need), default=node.get("CPU", 0)))
+    fitting = int(min((node.get(name, 0) / need for name, need in needs.items() if need), default=node.get("CPU", 0)))
+    return min(fitting, 1) if resources.whole_node else fitting
 
 
 def _describe_nodes() -> str:

@@ -16,12 +16,18 @@ if TYPE_CHECKING:
 RESOURCES = "resources"
 """The name under which a candidate's settings hold changes to what its trial takes."""
 
+NODE = "vitscale_node"
+"""The custom resource of Ray, 1 on every node, of which a trial that wants its node alone takes all and any other trial a share."""
+NODE_SHARE = 0.001
+"""What an ordinary trial takes of it: any one keeps off a trial that wants all, and a thousand of them fit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
     """What each of a trial's `processes` takes: CPUs, GPUs (a part of one is allowed), memory in MB of 2^20 bytes.
 
-    `accelerator_type` is a GPU as Ray names it, such as "H100"; empty allows any.
+    `accelerator_type` is a GPU as Ray names it, such as "H100"; empty allows any. A trial with `whole_node` waits until no other trial of
+    any study runs on its node, at most `wait_s` seconds, and then runs beside them. `node_share` is what the pool gives it of `NODE`.
     """
 
     cpus: float = 1.0
@@ -29,9 +35,12 @@ class Resources:
     memory_mb: int = 0
     processes: int = 1
     accelerator_type: str = ""
+    whole_node: bool = False
+    wait_s: float = 600.0
+    node_share: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in (("cpus", 0), ("gpus", 0), ("memory_mb", 0), ("processes", 1)):
+        for name, least in (("cpus", 0), ("gpus", 0), ("memory_mb", 0), ("processes", 1), ("wait_s", 0), ("node_share", 0)):
             value = getattr(self, name)
             kinds = int if name in ("memory_mb", "processes") else int | float
             if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < float("inf"):
@@ -54,6 +63,11 @@ class Resources:
         """The torch device that the trial computes on."""
         return "cuda" if self.gpus > 0 else "cpu"
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the scheduler keeps other trials off the node."""
+        return self.node_share == 1
+
     def __str__(self) -> str:
         parts = [f"{self.cpus:g} CPU", f"{self.gpus:g} GPU", f"{self.memory_mb} MB of memory"]
         parts += [f"an accelerator {self.accelerator_type}"] if self.accelerator_type else []
@@ -65,13 +79,14 @@ def resources_of(calls: Iterable[Call], *, gpus: float = 0.0, processes: int = 1
     """What a trial takes that makes these calls: the largest need of each kind.
 
     `gpus` and `processes` are the user's, and serve the evaluators that can use them: a trial of free evaluators takes no GPU, and
-    one whose evaluators all compute in one process takes one process.
+    one whose evaluators all compute in one process takes one process. A trial that measures nothing but time takes a whole node.
     """
     evaluators = [call.evaluator for call in calls]
-    computes = any(not evaluator.is_free for evaluator in evaluators)
+    computing = [evaluator for evaluator in evaluators if not evaluator.is_free]
     return Resources(
         cpus=max((evaluator.cpus for evaluator in evaluators), default=1.0),
-        gpus=max(gpus if computes else 0.0, *(evaluator.gpus for evaluator in evaluators), 0.0),
+        gpus=max(gpus if computing else 0.0, *(evaluator.gpus for evaluator in evaluators), 0.0),
         memory_mb=max((evaluator.memory_mb for evaluator in evaluators), default=0),
         processes=processes if any(evaluator.uses_processes for evaluator in evaluators) else 1,
+        whole_node=bool(computing) and all(evaluator.measures_time for evaluator in computing),
     )

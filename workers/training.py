@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from space.model import Model, depth_of, supports_class_row, token_size
+from space.model import Model, depth_of, require_arch, supports_class_row, token_size
 from space.randomness import stream
 from space.recipe import Recipe
 from space.registry import SpecError
@@ -144,6 +144,8 @@ def check_recipe(model: Model, recipe: Recipe, *, num_processes: int = 1) -> Non
     mixer = make_mixer(recipe, img_size=model.img_size, patch_size=token_size(model), num_processes=num_processes)
     if mixer is not None and mixer.needs_class_row and (reason := supports_class_row(model)):
         raise SpecError(f"mixing {recipe.mixing!r} reads the class token's attention: {reason}")
+    if mixer is not None and mixer.has_token_labels:
+        require_arch(model, f"mixing {recipe.mixing!r}, which labels tokens,")
 
 
 class _Run:

@@ -4,6 +4,9 @@ The backbone is the network that the phase `backbone` left; the candidate is the
 tokens `(N, C)` after the final norm are computed once for all images and kept beside the backbone, so that a probe costs seconds and
 poolings can be compared over many seeds, paired: a seed gives all poolings the same head, the same images and the same batches.
 
+A candidate that starts from weights of its own, in a phase that needs no `backbone`, is its own backbone, a network of timm too: it stays
+frozen as its weights are, and a fresh classifier is trained on what its own classifier would see, one vector `(D,)` for each image.
+
 A convex problem with the same images ends at the same place whatever the head starts from, and an interval over such seeds would be
 narrow for no reason. Each seed therefore trains on its own part of the training images, `subsample` of them without replacement.
 """
@@ -33,6 +36,7 @@ from space.recipe import Recipe
 from space.registry import SpecError
 from space.spec import digest_of
 from space.vit import VisionTransformer
+from space.weights import Weights
 from workers.batches import evaluation_batches
 from workers.checkpoints import load_model
 from workers.data import DataSet
@@ -40,6 +44,7 @@ from workers.evaluator import ARTIFACTS, Context, EvaluationError, evaluator
 from workers.evaluators.train import PREDICTIONS, WEIGHTS, write_predictions
 from workers.inference import mean_nll, top1_pct
 from workers.learner import Learner
+from workers.weights import load_weights
 
 BACKBONE = "backbone"
 """The phase whose best network is probed."""
@@ -92,32 +97,71 @@ class LinearProbeSettings:
     settings=LinearProbeSettings,
     uses_data=True,
     needs_dataset=True,
+    weights="optional",
     memory_mb=2000,
 )
 def linear_probe(model: Model, context: Context, settings: LinearProbeSettings) -> Mapping[str, float]:
-    """Train the pooling and the head of the candidate on the frozen backbone of an earlier phase."""
+    """Train the pooling and head of the candidate on a frozen backbone, or a classifier on its own weights, frozen."""
     if context.recipe is None or context.dataset is None:
         raise SpecError("linear_probe needs labelled data and a recipe, whose seed it takes")
-    dataset, weights = context.dataset, context.best(BACKBONE).workdir / WEIGHTS
-    if not weights.exists():
-        raise EvaluationError("error", f"phase {BACKBONE!r} left no trained network in {weights.parent}: measure it by train")
-    backbone, stored = load_model(weights, context.device)
-    check_same_but_pooling(stored, model)
-    tokens = torch.from_numpy(cached_tokens(backbone, weights, dataset, device=context.device, dtype=settings.dtype))
+    dataset = context.dataset
     recipe = settings.recipe(seed=context.recipe.seed, exponent_lr_scale=context.recipe.exponent_lr_scale)
     built = build_model(model, seed=recipe.seed)
-    probe = nn.Sequential(built.get_submodule("pooling"), built.get_submodule("head")).to(context.device)
+    if context.weights is not None and BACKBONE not in context.earlier:
+        tokens = _features(model, context.weights, dataset, context.device)
+        probe = nn.Sequential(nn.Identity(), _classifier(built))
+    else:
+        tokens = _tokens(model, context, dataset, settings)
+        probe = nn.Sequential(built.get_submodule("pooling"), built.get_submodule("head"))
+    probe.to(context.device)
     parts = np.cumsum([len(dataset.train), len(dataset.val)])
     train_tokens, val_tokens, test_tokens = tokens.to(context.device).tensor_split(parts.tolist())
     losses = _train(probe, train_tokens, torch.from_numpy(dataset.labels[dataset.train]).to(context.device), recipe, settings, context)
     val_logits, test_logits = _logits(probe, val_tokens), _logits(probe, test_tokens)
     val_labels, test_labels = dataset.labels[dataset.val], dataset.labels[dataset.test]
-    write_predictions(context.workdir / ARTIFACTS / PREDICTIONS, dataset.test, test_labels, test_logits, losses)
+    val = dataset.val, val_labels, val_logits
+    write_predictions(context.workdir / ARTIFACTS / PREDICTIONS, dataset.test, test_labels, test_logits, losses, val=val)
     return {
         "val_top1_pct": top1_pct(val_logits, val_labels),
         "test_top1_pct": top1_pct(test_logits, test_labels),
         "test_nll": mean_nll(test_logits, test_labels),
     }
+
+
+def _tokens(model: Model, context: Context, dataset: DataSet, settings: LinearProbeSettings) -> Tensor:
+    """Tokens `(images, N, C)` of the backbone that the earlier phase trained, whose pooling alone may differ from the candidate's."""
+    weights = context.best(BACKBONE).workdir / WEIGHTS
+    if not weights.exists():
+        raise EvaluationError("error", f"phase {BACKBONE!r} left no trained network in {weights.parent}: measure it by train")
+    backbone, stored = load_model(weights, context.device)
+    check_same_but_pooling(stored, model)
+    return torch.from_numpy(cached_tokens(backbone, weights, dataset, device=context.device, dtype=settings.dtype))
+
+
+@torch.no_grad()
+def _features(model: Model, weights: Weights, dataset: DataSet, device: str) -> Tensor:
+    """What the classifier of the network with these weights sees `(images, D)`, of train, validation and test images in this order."""
+    network = build_model(model, seed=0)
+    load_weights(network, model, weights)
+    network.to(device).eval()
+    seen: list[Tensor] = []
+    # A copy: a batch may lie in memory that the next one takes.
+    _classifier(network).register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].float().cpu().clone()))
+    ids = np.concatenate([dataset.train, dataset.val, dataset.test])
+    for images, _ in evaluation_batches(dataset, ids, device=device, batch_size=256):
+        network(images)
+    if {features.ndim for features in seen} != {2} or sum(map(len, seen)) != len(ids):
+        raise EvaluationError("error", f"the classifier of {model.kind} model {model.digest[:8]} does not see one vector for each image")
+    return torch.cat(seen)
+
+
+def _classifier(network: nn.Module) -> nn.Module:
+    """The last layer; raises EvaluationError for a network that has none, or several."""
+    # timm's networks say which layer it is; ours call it by one name.
+    found = network.get_classifier() if hasattr(network, "get_classifier") else network.get_submodule("head")  # pyright: ignore[reportCallIssue]
+    if not isinstance(found, nn.Module) or isinstance(found, nn.Identity):
+        raise EvaluationError("error", "linear_probe needs a network with one classifier")
+    return found
 
 
 def check_same_but_pooling(backbone: Model, model: Model) -> None:

@@ -1,22 +1,33 @@
 """Speed and size of a network where it runs: the one place that benchmark numbers come from.
 
-Latency is the wall time of one forward pass of a batch, the device synchronised at both ends of every run: the median
-over the runs, with the quartiles as its spread. Where the middle half of the runs spreads over more than `NOISY_SPREAD` of the
-median, the measurement is noisy, and a warning says so. `memory_mb` is the peak of what the tensors of one forward
-pass occupy, weights and input included, in 1e6 bytes: the allocator's own count on CUDA; on the CPU, where there is
-none, the count of the storages that are alive after each operator, without the scratch space inside operators.
+Latency is the time of one forward pass of a batch, the device idle before it: the median over the runs, with quartiles and percentiles.
+`memory_mb` is the peak of what the tensors of one eager forward pass occupy, weights and input included, in 1e6 bytes: the allocator's
+own count on CUDA; on the CPU, where there is none, the count of the storages that are alive after each operator, without the scratch
+space inside operators.
 
-The artifact `profile.json` holds what the times were measured under (batch size, precision, threads, device) and the time of every run.
+The runs are timed once they are stationary (`workers.timing`), in 10 rounds, in turns with an *anchor network*: DeiT-Ti on the CPU,
+DeiT-S on CUDA, always one image in fp32, run eagerly on the trial's threads. `latency_to_anchor` is the latency over the anchor's, the
+median over the rounds. The anchor is a clock that slows down as the network does, so the ratio compares across a shared machine where
+milliseconds do not. Where a single thread of the CPU runs both, the ratio is of that thread's CPU time.
+
+`is_noisy` is 1 where the times are not to be trusted, and a warning says why: the middle half of the runs spreads over more than
+`NOISY_SPREAD` of the median; the runs were not stationary; the load average exceeds the cores; the clock of the GPU changed, or it
+slowed down. `is_alone` is 1 where the scheduler kept other trials off the node.
+
+The artifact `profile.json` holds what the times were measured under, and the time of every run, by rounds. On a GPU that counts its
+energy, `power_w` and `energy_mj_img` are measured over a second of runs of the network alone.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import statistics
-import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,29 +35,46 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from results.records import Metric, write_json_atomically
+from space import catalog
 from space.cost import cost
-from space.model import Model, build_model
+from space.model import Model
+from workers.device_state import Gpu, is_overloaded, static_state
 from workers.evaluator import ARTIFACTS, Context, evaluator
+from workers.timing import (
+    Execution,
+    Run,
+    Runnable,
+    cpu_threads,
+    in_turns,
+    latency_ms,
+    on_device,
+    percentiles,
+    runnable,
+    synchronize,
+    timed_run,
+    warm_up,
+)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_RUNS = 30
+NUM_ROUNDS = 10
+ANCHORS = {"cpu": "deit_tiny", "cuda": "deit_small"}
+ANCHOR_RUNS = 30
+ANCHOR_WARMUP = 3
 NOISY_SPREAD = 0.1
 """Interquartile range relative to the median. An idle machine stays below; another program on the same cores does not."""
 PROFILE = "profile.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileSettings:
-    """What is run and how often; `num_warmup` runs come before the timed ones."""
+class ProfileSettings(Execution):
+    """What is run and how often; the warm-up has `num_warmup` runs at least."""
 
     batch_size: int = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     num_runs: int = 50
     num_warmup: int = 10
 
     def __post_init__(self) -> None:
-        if self.precision not in DTYPES:
-            raise ValueError(f"precision is {self.precision!r}; allowed: {', '.join(DTYPES)}")
+        super().__post_init__()
         for name, least in (("batch_size", 1), ("num_runs", LEAST_RUNS), ("num_warmup", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -62,39 +90,82 @@ class ProfileSettings:
         Metric("latency_iqr_ms", "minimize", "forward pass of a batch, interquartile range"),
         Metric("latency_q1_ms", "minimize", "forward pass of a batch, lower quartile"),
         Metric("latency_q3_ms", "minimize", "forward pass of a batch, upper quartile"),
+        Metric("latency_p90_ms", "minimize", "forward pass of a batch, 90th percentile"),
+        Metric("latency_p99_ms", "minimize", "forward pass of a batch, 99th percentile"),
+        Metric("latency_to_anchor", "minimize", "latency over that of the anchor network"),
+        Metric("anchor_ms", "minimize", "forward pass of the anchor network, median"),
         Metric("throughput_img_s", "maximize", "images a second at the median latency"),
         Metric("memory_mb", "minimize", "peak memory of tensors in one forward pass, 1e6 bytes"),
+        Metric("load_average", "minimize", "load average of the machine, last minute"),
+        Metric("is_noisy", "minimize", "1 if the times are not to be trusted"),
+        Metric("is_alone", "maximize", "1 if other trials were kept off the node"),
     ),
     settings=ProfileSettings,
     is_deterministic=False,
+    measures_time=True,
     memory_mb=2000,
 )
 def profile(model: Model, context: Context, settings: ProfileSettings) -> Mapping[str, float]:
-    """Latency, throughput and peak memory on the device at hand, with parameters and MACs."""
+    """Latency, throughput and peak memory on the device at hand, beside an anchor network; parameters and MACs."""
+    settings.check_device(context.device)
     counted = cost(model)
-    device, dtype = torch.device(context.device), DTYPES[settings.precision]
-    network = build_model(model, seed=context.seed).eval().to(device, dtype)
-    size = (settings.batch_size, model.in_chans, model.img_size, model.img_size)
-    images = torch.randn(size, generator=torch.Generator().manual_seed(context.seed)).to(device, dtype)
-    with torch.inference_mode():
+    gpu = Gpu.current() if context.device == "cuda" else None
+    with torch.inference_mode(), cpu_threads(settings.threads) as num_threads:
+        network, images = on_device(model, settings, batch_size=settings.batch_size, device=context.device, seed=context.seed)
         peak_bytes = _peak_bytes(network, images)
-        for _ in range(settings.num_warmup):
-            network(images)
-        latencies_ms = [_latency_ms(network, images) for _ in range(settings.num_runs)]
+        own, anchor = runnable(network, images, settings), _anchor(context.device)
+        num_warmup, is_stationary = warm_up(partial(latency_ms, own), least=settings.num_warmup)
+        for _ in range(ANCHOR_WARMUP):
+            anchor.run()
+
+        def watched_run() -> Run:
+            if gpu is not None:
+                gpu.look()
+            return timed_run(own)
+
+        rounds = in_turns(
+            watched_run,
+            partial(timed_run, anchor),
+            num_runs=settings.num_runs,
+            num_rounds=NUM_ROUNDS,
+            num_anchor_runs=ANCHOR_RUNS,
+        )
+        load_average = os.getloadavg()[0]
+        energy = gpu.energy(own.run, settings.batch_size) if gpu else {}
+    own_ms, anchor_ms = ([[run.latency_ms for run in runs] for runs in turns] for turns in (rounds.own, rounds.anchor))
+    latencies_ms = list(itertools.chain(*own_ms))
     lower, median, upper = statistics.quantiles(latencies_ms, n=4)
-    is_noisy = upper - lower > NOISY_SPREAD * median
-    if is_noisy:
-        spread = f"{100 * NOISY_SPREAD:.0f} %"
-        context.warn(f"latency_ms is noisy: the middle half of the runs spreads over more than {spread} of their median")
+    percentile = percentiles(latencies_ms)
+    doubts = gpu.doubts() if gpu else []
+    if upper - lower > NOISY_SPREAD * median:
+        doubts.append(f"the middle half of the runs spreads over more than {100 * NOISY_SPREAD:.0f} % of their median")
+    if not is_stationary:
+        doubts.append("the runs were not stationary after the warm-up")
+    if context.device == "cpu" and is_overloaded(load_average):
+        doubts.append("the load average exceeds the cores of the machine")
+    for doubt in doubts:
+        context.warn(f"latency_ms is noisy: {doubt}")
     circumstances = {
         "batch_size": settings.batch_size,
         "precision": settings.precision,
-        "threads": torch.get_num_threads(),
+        "memory_format": settings.memory_format,
+        "execution": settings.execution,
+        "img_size": model.img_size,
+        "threads": num_threads,
         "device": context.device,
-        "num_warmup": settings.num_warmup,
-        "is_noisy": is_noisy,
+        "num_warmup": num_warmup,
+        "is_stationary": is_stationary,
+        "is_noisy": bool(doubts),
+        "doubts": doubts,
+        "is_alone": context.resources.is_alone,
+        "load_average": load_average,
+        "anchor": ANCHORS[context.device],
+        **static_state(context.device),
+        **(gpu.state() if gpu else {}),
+        **energy,
     }
-    write_json_atomically(context.workdir / ARTIFACTS / PROFILE, {**circumstances, "latencies_ms": latencies_ms})
+    times = {"latencies_ms": latencies_ms, "rounds_ms": own_ms, "anchor_rounds_ms": anchor_ms, "ratios": rounds.ratios}
+    write_json_atomically(context.workdir / ARTIFACTS / PROFILE, {**circumstances, **times})
     return {
         "params_m": counted.params / 1e6,
         "gmacs": counted.macs / 1e9,
@@ -102,29 +173,30 @@ def profile(model: Model, context: Context, settings: ProfileSettings) -> Mappin
         "latency_iqr_ms": upper - lower,
         "latency_q1_ms": lower,
         "latency_q3_ms": upper,
+        "latency_p90_ms": percentile(90),
+        "latency_p99_ms": percentile(99),
+        "latency_to_anchor": statistics.median(rounds.ratios),
+        "anchor_ms": statistics.median(itertools.chain(*anchor_ms)),
         "throughput_img_s": settings.batch_size * 1e3 / median,
         "memory_mb": peak_bytes / 1e6,
+        "load_average": load_average,
+        "is_noisy": float(bool(doubts)),
+        "is_alone": float(context.resources.is_alone),
+        **energy,
     }
 
 
-def _latency_ms(network: nn.Module, images: Tensor) -> float:
-    _synchronize(images.device)
-    started = time.perf_counter()
-    network(images)
-    _synchronize(images.device)
-    return (time.perf_counter() - started) * 1e3
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _anchor(device: str) -> Runnable:
+    """The anchor network, the same whatever is measured beside it."""
+    plain = Execution()
+    return runnable(*on_device(catalog.resolve(ANCHORS[device]), plain, batch_size=1, device=device, seed=0), plain)
 
 
 def _peak_bytes(network: nn.Module, images: Tensor) -> int:
     if images.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(images.device)
         network(images)
-        _synchronize(images.device)
+        synchronize(images.device)
         return torch.cuda.max_memory_allocated(images.device)
     with _LiveStorages([*network.parameters(), *network.buffers(), images]) as live:
         network(images)

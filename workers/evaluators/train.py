@@ -29,7 +29,8 @@ from workers.distributed import Process, on_devices
 from workers.evaluator import ARTIFACTS, Context, EvaluationError, Report, evaluator
 from workers.inference import mean_nll, predict, top1_pct
 from workers.objectives import Classification, Distillation, Objective
-from workers.training import check_recipe, check_stop, train, training_identity
+from workers.training import Training, check_recipe, check_stop, train, training_identity
+from workers.weights import weights_from
 
 WEIGHTS = "model.pt"
 PREDICTIONS = "predictions.npz"
@@ -45,6 +46,8 @@ class TrainSettings:
     name of an earlier phase that trained a network (train): its best trial's network teaches by its logits, with
     `distillation_weight` from 0 to 1 of the loss and both distributions softened by `temperature` (`workers.objectives.Distillation`).
 
+    `inherits` is the name of an earlier phase that trained a supernet: the network, a subnet of it, starts from its slices of the weights.
+
     The others change no number. `num_loader_workers` decode and transform single images, where that is needed; -1 takes none on the
     CPU, which the training has to itself, and for a GPU one per core, eight at most.
     """
@@ -53,6 +56,7 @@ class TrainSettings:
     teacher: str = field(default="", metadata={"added_later": True})
     distillation_weight: float = field(default=0.5, metadata={"added_later": True})
     temperature: float = field(default=1.0, metadata={"added_later": True})
+    inherits: str = field(default="", metadata={"added_later": True})
     checkpoint_every_s: float = field(default=60.0, metadata={"changes_numbers": False})
     num_loader_workers: int = field(default=-1, metadata={"changes_numbers": False})
 
@@ -106,22 +110,23 @@ def train_network(model: Model, context: Context, settings: TrainSettings) -> Ma
     assert context.dataset is not None
     dataset, recipe = context.dataset, context.recipe
     teacher = _teacher(context, settings.teacher)
+    weights = _inherited(context, settings.inherits, model) or context.weights
     stop = [{"stop_after": settings.stop_after}] if settings.stop_after else []
-    identity = training_identity(model, recipe, dataset, _objective(teacher, settings), *stop, weights=context.weights)
+    identity = training_identity(model, recipe, dataset, _objective(teacher, settings), *stop, weights=weights)
     work = partial(
         _train_and_judge,
         model=model,
         recipe=recipe,
         dataset=dataset,
         workdir=context.workdir.absolute(),
-        weights=context.weights,
+        weights=weights,
         continue_from=None if context.continues is None else context.continues.absolute(),
         teacher=teacher,
         report=context.report,
         settings=settings,
         identity=identity,
     )
-    done = _finished(context.workdir, identity) or on_devices(work, context)
+    done = finished(context.workdir, identity) or on_devices(work, context)
     for warning in (*dataset.warnings, *done["warnings"]):
         context.warn(warning)
     return done["values"]
@@ -167,11 +172,8 @@ def _train_and_judge(
         part: predict(training.network, dataset, indices, device=process.device, num_loader_workers=num_loaders)
         for part, indices in parts.items()
     }
-    if dataset.skipped:
-        # A set that is streamed knows all its damaged files only now.
-        named = ", ".join(dataset.skipped[:5]) + (", ..." if len(dataset.skipped) > 5 else "")
-        warnings.append(f"data {dataset.source!r}: skipped as damaged ({len(dataset.skipped)}): {named}")
-    write_predictions(workdir / ARTIFACTS / PREDICTIONS, dataset.test, labels["test"], logits["test"], training.losses)
+    val = dataset.val, labels["val"], logits["val"]
+    write_predictions(workdir / ARTIFACTS / PREDICTIONS, dataset.test, labels["test"], logits["test"], training.losses, val=val)
     save_model(workdir / WEIGHTS, training.network, model)
     values = {
         "val_top1_pct": top1_pct(logits["val"], labels["val"]),
@@ -180,13 +182,23 @@ def _train_and_judge(
         "test_nll": mean_nll(logits["test"], labels["test"]),
         "train_loss": training.losses[-1],
     }
-    if training.data_wait_pct > MUCH_WAITING_PCT:
-        warnings.append(f"the training waited for data {training.data_wait_pct:.0f} % of its time: --set train.num_loader_workers=N")
-    done = {"values": values, "warnings": warnings}
+    done = {"values": values, "warnings": [*warnings, *warnings_of(training, dataset, "train")]}
     write_json_atomically(workdir / FINISHED, {"identity": identity, **done})
     if training.is_finished:
         shutil.rmtree(training.checkpoints, ignore_errors=True)
     return done
+
+
+def warnings_of(training: Training, dataset: DataSet, evaluator: str) -> list[str]:
+    """What a user should know of a training that has ended."""
+    warnings = []
+    if dataset.skipped:
+        # A set that is streamed knows all its damaged files only now.
+        named = ", ".join(dataset.skipped[:5]) + (", ..." if len(dataset.skipped) > 5 else "")
+        warnings.append(f"data {dataset.source!r}: skipped as damaged ({len(dataset.skipped)}): {named}")
+    if training.data_wait_pct > MUCH_WAITING_PCT:
+        warnings.append(f"the training waited for data {training.data_wait_pct:.0f} % of its time: --set {evaluator}.num_loader_workers=N")
+    return warnings
 
 
 def _teacher(context: Context, phase: str) -> Path | None:
@@ -199,27 +211,44 @@ def _teacher(context: Context, phase: str) -> Path | None:
     return weights
 
 
+def _inherited(context: Context, phase: str, model: Model) -> Weights | None:
+    """What the supernet of the earlier phase lends to the network; None without a phase."""
+    return weights_from(context.best(phase).workdir.absolute() / WEIGHTS, model) if phase else None
+
+
 def _objective(teacher: Path | None, settings: TrainSettings) -> Objective:
     if teacher is None:
         return Classification()
     return Distillation(teacher, weight=settings.distillation_weight, temperature=settings.temperature)
 
 
-def write_predictions(path: Path, ids: np.ndarray, labels: np.ndarray, logits: np.ndarray, losses: Sequence[float] | None) -> None:
+def write_predictions(
+    path: Path,
+    ids: np.ndarray,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    losses: Sequence[float] | None,
+    *,
+    val: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+) -> None:
     """Per-image results `ids (N,)`, `labels (N,)`, `logits (N, K)` float32, and the mean training loss of each epoch, `train_loss (E,)`.
 
-    Every statistic, and whether the training converged, can be taken again from them. `losses` is None where nothing was trained.
+    Every statistic, and whether the training converged, can be taken again from them. `losses` is None where nothing was trained. Of `val`,
+    ids, labels and logits of the validation images, it is kept which were recognised: `val_ids (V,)`, `val_correct (V,)` bool.
     """
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {"ids": ids, "labels": labels, "logits": logits.astype(np.float32)}
     if losses is not None:
         arrays["train_loss"] = np.asarray(losses, dtype=float)
+    if val is not None:
+        val_ids, val_labels, val_logits = val
+        arrays |= {"val_ids": val_ids, "val_correct": val_logits.argmax(axis=1) == val_labels}
     np.savez_compressed(buffer, **arrays)
     write_bytes_atomically(path, buffer.getvalue())
 
 
-def _finished(workdir: Path, identity: str) -> Mapping[str, Any] | None:
-    """What `_train_and_judge` returned, if it had ended when its worker was lost in a later evaluator."""
+def finished(workdir: Path, identity: str) -> Mapping[str, Any] | None:
+    """What a training left in `FINISHED`, if it had ended when its worker was lost in a later evaluator."""
     try:
         stored = json.loads((workdir / FINISHED).read_text())
     except (OSError, json.JSONDecodeError):
