@@ -66,6 +66,15 @@ def format_tau(row: Mapping[Any, Any]) -> str:
     return f"{row['tau']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" if row["tau"] == row["tau"] else "constant"
 
 
+TIMING_MARKS = "~ not to be trusted (profile.json says why); ! not alone on its node"
+"""What `timing_marks` mean, for a line below a table."""
+
+
+def timing_marks(row: Mapping[Any, Any]) -> str:
+    """The marks of a measured time; none for a row that says nothing of its circumstances."""
+    return ("~" if row.get("is_noisy") == 1 else "") + ("!" if row.get("is_alone") == 0 else "")
+
+
 def shortened(text: str, width: int) -> str:
     """The text, or as much of it as fits with an ellipsis at its end."""
     return text if len(text) <= width else text[: width - 1] + "…"

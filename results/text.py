@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from results.columns import TEXT_WIDTH, Column, fitted
 from results.effects.text import effects_markdown, effects_summary
-from results.formats import count, format_tau, format_value, shortened_in_the_middle
+from results.formats import TIMING_MARKS, count, format_tau, format_value, shortened_in_the_middle, timing_marks
 from results.records import stderr_name
 from results.study_results import COST_METRICS, agreement, family
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 SHORT_DIGEST = 8
 LEAST_LABEL_WIDTH = 24
+TIMED = ("latency_ms",)
+FLAGS = ("is_noisy", "is_alone")
+"""Shown as marks of what was timed, not as columns."""
 
 
 def print_results(report: StudyReport, top: int, place: str = "", *, width: int = TEXT_WIDTH, wide: bool = False) -> None:
@@ -42,11 +45,17 @@ def print_results(report: StudyReport, top: int, place: str = "", *, width: int 
             print(f"the family, in the order it grew:\n{text}\n")
         if text := agreement_text(agreement(results, phase), width):
             print(f"what the scores add over what costs nothing:\n{text}\n")
+    print_effects(report, place, width=width, wide=wide)
+    print_answer(report)
+
+
+def print_effects(report: StudyReport, place: str = "", *, width: int = TEXT_WIDTH, wide: bool = False) -> None:
+    """Print the effects of the study's designs, or why they cannot be stated."""
+    command = f"python -m results.leaderboard {report.results.provenance.study_name}{place}"
     for effects in report.effects:
         print(effects_summary(effects, command, width=sys.maxsize if wide else width))
     if report.effects_failure:
         print(_wrapped(report.effects_failure, width))
-    print_answer(report)
 
 
 def print_answer(report: StudyReport) -> None:
@@ -63,6 +72,7 @@ def text_table(results: StudyResults, phase: str, top: int, command: str, width:
     shown = rows.head(top)
     lines, left_out = fitted(_columns(results, phase, shown, is_wide=width == sys.maxsize), width)
     notes = ["* on the Pareto front"] if any(shown["is_front"]) else []
+    notes += [TIMING_MARKS] if any(map(timing_marks, shown.to_dict("records"))) else []
     flags = ""
     if len(rows) > top:
         notes.append(count(len(rows) - top, "more row"))
@@ -89,8 +99,10 @@ def _columns(results: StudyResults, phase: str, rows: pd.DataFrame, *, is_wide: 
         Column("digest", digests, is_text=True),
     ]
     metrics = []
-    for name in [name for name in names if name not in errors] + [name for name in ("elapsed_s",) if name in rows]:
+    for name in [name for name in names if name not in (*errors, *FLAGS)] + [name for name in ("elapsed_s",) if name in rows]:
         cells = [format_value(value) for value in rows[name]]
+        if name in TIMED:
+            cells = [f"{cell}{marks}" for cell, marks in zip(cells, map(timing_marks, rows.to_dict("records")), strict=True)]
         if stderr_name(name) in errors:
             spread = [format_value(value, digits=2) for value in rows[stderr_name(name)]]
             cells = [f"{cell} ±{error}" for cell, error in zip(cells, spread, strict=True)]

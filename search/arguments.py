@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from results.paths import default_runs
-from search.budget import Budget
+from search.budget import Budget, assigned_bounds
 from search.study import DEFAULT_DATA, RunSettings, studies
 from space.recipe import Recipe, parse_recipe_fields
 from space.registry import SpecError
@@ -61,8 +61,11 @@ def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Name
     parser.add_argument("--trials", type=positive_int, metavar="N", help="trials to complete in the phases that count them")
     add_network_flags(parser)
     parser.add_argument("--proxy-img-size", type=positive_int, metavar="PX", help="image size at which networks are scored")
+    options = studies.get(study).options
+    has_own_max = "max" in {field.name for field in dataclasses.fields(options)}
     bound = "of a metric that is known without measuring, e.g. gmacs=1.3; repeatable"
-    parser.add_argument("--max", action="append", default=[], metavar="METRIC=VALUE", help=f"budget: upper bound {bound}")
+    if not has_own_max:
+        parser.add_argument("--max", action="append", default=[], metavar="METRIC=VALUE", help=f"budget: upper bound {bound}")
     parser.add_argument("--min", action="append", default=[], metavar="METRIC=VALUE", help=f"budget: lower bound {bound}")
     parser.add_argument("--max-params-m", type=positive_float, metavar="M", help="the same as --max params_m=M, in millions")
     parser.add_argument("--max-gmacs", type=positive_float, metavar="G", help="the same as --max gmacs=G, in billions of multiply-adds")
@@ -87,30 +90,16 @@ def parse_study(study: str, argv: list[str]) -> tuple[RunSettings, argparse.Name
     )
     parser.add_argument("--json", action="store_true", help="the last line of output is the result as one JSON object")
     parser.add_argument("--fresh", action="store_true", help="set the old study aside under a dated name and begin anew")
-    options = studies.get(study).options
     _add_options(parser, options)
     args = parser.parse_args(argv)
-    return dataclasses.replace(run_settings(study, args), budget=_budget(args), options=_options(options, args)), args
+    budget = _budget(args, [] if has_own_max else args.max)
+    return dataclasses.replace(run_settings(study, args), budget=budget, options=_options(options, args)), args
 
 
-def _budget(args: argparse.Namespace) -> Budget:
+def _budget(args: argparse.Namespace, upper: list[str]) -> Budget:
     aliases = [(f"--max-{name.replace('_', '-')}", name, getattr(args, f"max_{name}")) for name in ("params_m", "gmacs")]
     at_most = [(f"{flag} {value:g}", name, value) for flag, name, value in aliases if value is not None]
-    return Budget(at_most=_bounds([*_assigned("--max", args.max), *at_most]), at_least=_bounds(_assigned("--min", args.min)))
-
-
-def _assigned(flag: str, assignments: list[str]) -> list[tuple[str, str, float]]:
-    """The flag as it was given, the metric and the bound of every METRIC=VALUE."""
-    assigned: list[tuple[str, str, float]] = []
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        try:
-            if not (name and equals):
-                raise ValueError
-            assigned.append((f"{flag} {assignment}", name.strip(), float(value)))
-        except ValueError:
-            raise SpecError(f"{flag} {assignment!r} is malformed; METRIC=VALUE with a number is expected, e.g. gmacs=1.3") from None
-    return assigned
+    return Budget(at_most=_bounds([*assigned_bounds("--max", upper), *at_most]), at_least=_bounds(assigned_bounds("--min", args.min)))
 
 
 def _bounds(given: list[tuple[str, str, float]]) -> dict[str, float]:

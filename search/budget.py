@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -157,6 +157,20 @@ _CONTEXT = Context(seed=0)
 """A free evaluator looks at nothing but the model."""
 
 
+def assigned_bounds(flag: str, assignments: Sequence[str]) -> list[tuple[str, str, float]]:
+    """The flag as it was given, the metric and the bound of every METRIC=VALUE."""
+    assigned: list[tuple[str, str, float]] = []
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        try:
+            if not (name and equals):
+                raise ValueError
+            assigned.append((f"{flag} {assignment}", name.strip(), float(value)))
+        except ValueError:
+            raise SpecError(f"{flag} {assignment!r} is malformed; METRIC=VALUE with a number is expected, e.g. gmacs=1.3") from None
+    return assigned
+
+
 def free_metrics() -> tuple[str, ...]:
     """The names of all metrics that are known without measuring, sorted."""
     found = map(evaluators.get, evaluators.names())
@@ -233,9 +247,10 @@ def _completed(space: SearchSpace, wanted: Point, generator: random.Random) -> d
     point: dict[str, Scalar] = {}
     for axis in space.axes:
         if axis.is_active(point):
-            point[axis.name] = wanted[axis.name] if axis.name in wanted else _drawn(axis, generator)
+            point[axis.name] = wanted[axis.name] if axis.name in wanted else random_choice(axis, generator)
     return point
 
 
-def _drawn(axis: Axis, generator: random.Random) -> Scalar:
+def random_choice(axis: Axis, generator: random.Random) -> Scalar:
+    """A choice of the axis, drawn uniformly."""
     return axis.at(generator.random()) if isinstance(axis.choices, Interval) else generator.choice(axis.choices)

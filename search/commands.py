@@ -52,6 +52,7 @@ def list_all(argv: list[str]) -> int:
     sections: dict[str, dict[str, str]] = {
         "studies": {name: studies.summary(name) for name in studies.names()},
         "models": {name: catalog.summary(name) for name in catalog.names()},
+        "supernets": {name: supernet.summary for name, supernet in catalog.supernets().items()},
         "components": {f"{kind} {name}": components.summary(kind, name) for kind in KINDS for name in components.names(kind)},
         "evaluators": {name: evaluators.summary(name) for name in evaluators.names()},
         "mixings": {name: mixings.summary(name) for name in mixings.names()},
@@ -82,9 +83,18 @@ def describe(argv: list[str]) -> int:
         metavar="TARGET=VALUE",
         help="change the model: pooling=gem, feed_forward=mlp,hidden_dim=512, feed_forward.hidden_dim=512, prefix=none, depth=8",
     )
+    parser.add_argument(
+        "--stitches",
+        nargs="?",
+        const="two_way",
+        metavar="SPACE",
+        help="of sn_net:SMALL+LARGE: list what can be stitched; SPACE is two_way (SN-Netv2, default), paired or nearest (SN-Net)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object to FILE, which is then a MODEL for every command")
     args = parser.parse_args(argv)
+    if args.stitches:
+        return _list_stitches(args)
     from search.description import description
     from space.cost import cost, cost_by_part
 
@@ -108,6 +118,23 @@ def describe(argv: list[str]) -> int:
     if args.out is not None:
         _write(args.out, written)
         print(f"written to {args.out}, which is now a MODEL: search/run.py describe {shlex.quote(str(args.out))}", file=sys.stderr)
+    return 0
+
+
+def _list_stitches(args: argparse.Namespace) -> int:
+    from search.description import stitch_rows, stitch_table
+    from space.families.sn_net import LOOKS_LIKE_A_ROUTE, read_anchors
+
+    if args.set or args.out:
+        raise SpecError("--stitches lists networks; --set and --out are for one")
+    family, _, names = args.model.partition(":")
+    if family != "sn_net":
+        raise SpecError(f"--stitches: {args.model!r} names no anchors; they are written sn_net:deit3_small+deit3_large")
+    if LOOKS_LIKE_A_ROUTE.match(route := names.rpartition(":")[2]):
+        raise SpecError(f"--stitches lists the routes over some anchors; {args.model!r} has the route {route!r} already")
+    anchors = read_anchors(names)
+    rows = stitch_rows(anchors, args.stitches)
+    print(json.dumps({"stitches": rows}) if args.json else "\n".join(stitch_table(anchors, rows)))
     return 0
 
 
@@ -140,6 +167,7 @@ def evaluate_model(argv: list[str]) -> int:
         from results.records import Failure
         from search.description import call_in_words
         from search.progress import EvaluationProgress
+        from space.cost import cost
         from space.search_space import Candidate
         from workers.evaluate import Job, evaluate
         from workers.resources import resources_of
@@ -153,6 +181,7 @@ def evaluate_model(argv: list[str]) -> int:
             if not torch.cuda.is_available():
                 raise SpecError(f"--gpus {args.gpus:g}: there is no CUDA device on this machine; leave --gpus out to measure on the CPU")
         spec = _fitted_model(args, calls)
+        cost(spec)  # what cannot be built ends here, and not as a failed measurement
         recipe = parse_recipe(args.recipe, args.seed)
         weights = _checked_weights(settings, calls, spec, args.model)
         for call in calls:

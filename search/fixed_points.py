@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from search.strategy import Proposer
+from search.study import RunSettings, SettingsError
 from space.component import Scalar
 
 if TYPE_CHECKING:
@@ -21,3 +22,12 @@ def grid(points: Sequence[Mapping[str, Scalar]]) -> Callable[[Mapping[str, optun
         return Grid(points)
 
     return propose
+
+
+def refuse_flags_of_a_search(run: RunSettings, why: str) -> None:
+    """Raise SettingsError for a flag that only a search can follow; `why` says what is measured here instead."""
+    for name, flag in (("num_trials", "--trials"), ("strategy", "--strategy")):
+        if getattr(run, name) is not None:
+            raise SettingsError(f"{flag} means nothing here: {why}")
+    if not run.budget.is_empty:
+        raise SettingsError(f"{run.budget} means nothing here: {why}")

@@ -293,7 +293,7 @@ class PhaseLoop:
         self._stop_after_failures(Failure(kind="illegal", message=str(error)))
 
     def _is_data(self, failure: Failure) -> bool:
-        return self.phase.failures_are_data and failure.kind in DETERMINISTIC_FAILURES
+        return self.phase.failures_are_data and failure.kind in {*DETERMINISTIC_FAILURES, "out_of_memory"}
 
     def _stop_after_failures(self, last: Failure) -> None:
         if self._is_data(last):

@@ -13,13 +13,18 @@ MIN_DIGITS = 4
 """Of a digest, to be taken for one."""
 
 
+def is_digest(text: str) -> bool:
+    """Whether the text is taken for a digest or its first digits, because it names nothing else."""
+    looks_so = re.fullmatch(f"[0-9a-f]{{{MIN_DIGITS},16}}", text) is not None
+    return looks_so and text not in catalog.names() and not Path(text).is_file()
+
+
 def named_model(text: str, tracking_uri: str) -> Model:
     """The spec that `text` names: of the catalogue, a method's string, a file, or a leaderboard entry by the first digits of its digest.
 
     Entries are looked up in the MLflow store at `tracking_uri`. Raises SpecError for what names no model.
     """
-    is_digest = re.fullmatch(f"[0-9a-f]{{{MIN_DIGITS},16}}", text) and text not in catalog.names() and not Path(text).is_file()
-    if not is_digest:
+    if not is_digest(text):
         return catalog.resolve(text)
     from results.mlflow_store import check_tracking, find_candidate
     from space.model import model_from_json

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from results.paths import RunPaths
+from search.description import WIDTH
 from search.study import DEFAULT_DATA, FITTED, SETTINGS_ATTRIBUTE, Phase, RunSettings, SettingsError, Study, studies
 from workers.data import check_source, count_classes, summarize
 from workers.evaluate import subject_of
@@ -28,7 +30,9 @@ def fitted(run: RunSettings, *, fresh: bool) -> RunSettings:
             f"--num-classes {run.num_classes}: study {run.study_name!r} was created before there was this flag and keeps its classes. "
             "Leave it out, use another --name, or begin anew with --fresh (the old study is kept)"
         )
-    return dataclasses.replace(run, num_classes=classes_of(studies.get(run.study)(run).calls, run.data, run.num_classes))
+    # Which score stands in the place of the study's own says nothing about the classes: they follow the data that the study would read.
+    reading = run if run.num_classes else dataclasses.replace(run, objectives=())
+    return dataclasses.replace(run, num_classes=classes_of(studies.get(run.study)(reading).calls, run.data, run.num_classes))
 
 
 def classes_of(calls: Sequence[Call], data: str, asked: int | None) -> int | None:
@@ -80,11 +84,18 @@ def data_summary(study: Study, run: RunSettings) -> str:
 
 
 def announcements(study: Study, run: RunSettings, given: RunSettings) -> list[str]:
-    """What the run will do, phase by phase, and what is doubtful in it; `given` are the settings before `fitted`."""
-    lines = [f"{run.study_name}/{phase.name}: {_plan(phase, run, given)}" for phase in study.phases]
+    """What the run will do, once for phases that do the same, and what is doubtful in it; `given` are the settings before `fitted`."""
+    phases: dict[str, list[str]] = {}
+    for phase in study.phases:
+        phases.setdefault(_plan(phase, run, given), []).append(phase.name)
+    lines = [wrapped(f"{run.study_name}/{', '.join(names)}: {plan}") for plan, names in phases.items()]
     lines += dict.fromkeys(phase.example.weights.summary for phase in study.phases if phase.example.weights)
     doubts = dict.fromkeys(doubt for phase in study.phases if phase.example.recipe for doubt in phase.example.recipe.doubts)
     return [*lines, *(f"warning: {doubt}" for doubt in doubts)]
+
+
+def wrapped(line: str) -> str:
+    return textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
 def _plan(phase: Phase, run: RunSettings, given: RunSettings) -> str:

@@ -18,14 +18,14 @@ from results.columns import terminal_width
 from results.mlflow_store import MlflowTracker, check_tracking
 from results.mlflow_views import how_to_browse
 from results.paths import RunPaths, journal_lock, without_password
-from results.text import print_answer, print_results
+from results.text import print_answer, print_effects, print_results
 from search.archiving import Archiving
 from search.interruption import Interruption
 from search.lock import Hold, Lease, LockFile, StudyIsDriven
 from search.loop import PhaseLoop
 from search.measuring import Measuring, needed_trials
 from search.phase_objective import make_objective
-from search.preparation import announcements, data_summary, fitted
+from search.preparation import announcements, data_summary, fitted, wrapped
 from search.progress import Progress
 from search.registration import register
 from search.storage import open_storage
@@ -67,7 +67,8 @@ def run_study(
     with progress.waiting("checking the settings and the data"):
         plan = Plan(settings, fresh=fresh)
         summary = data_summary(plan.study, plan.settings)
-    for line in ([summary] if summary else []) + announcements(plan.study, plan.settings, given=settings) + [*plan.study.notes]:
+    notes = map(wrapped, plan.study.notes)
+    for line in [*([summary] if summary else []), *announcements(plan.study, plan.settings, given=settings), *notes]:
         progress.say(line)
     with progress.waiting(f"asking MLflow at {plan.shown_tracking}"):
         check_tracking(plan.tracking_uri)
@@ -90,7 +91,8 @@ def run_study(
         try:
             with _open_pool(plan, max_workers, ray_address, progress) as pool:
                 for phase in plan.study.phases:
-                    pool.check(phase.trial_resources(plan.settings))
+                    for resources in phase.all_resources(plan.settings):
+                        pool.check(resources)
                 for phase in plan.study.phases:
                     _run_phase(plan, phase, phases, storage, pool, tracker, progress, hold, interruption)
         except BaseException as error:
@@ -101,6 +103,7 @@ def run_study(
             results = attach_leaderboard(tracker)
     if results.answer:
         print_answer(results)
+        print_effects(results, place, width=terminal_width())
     else:
         print_results(results, LEADERBOARD_ROWS, place, width=terminal_width())
     print(f"all of it: python -m results.leaderboard {settings.study_name}{place}")

@@ -40,12 +40,16 @@ ATTEMPT = "vitscale:attempt"
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What a strategy is told: the space, the objectives with their directions, the budget, and the seed of the run."""
+    """What a strategy is told: the space, the objectives with their directions, the budget, and the seed of the run.
+
+    `num_trials` are the trials that are planned, for a strategy whose sizes depend on them; None where nobody says.
+    """
 
     space: SearchSpace
     goals: tuple[Metric, ...]
     budget: Budget = UNLIMITED
     seed: int
+    num_trials: int | None = None
 
 
 def stream_of(seed: int, trial: optuna.trial.FrozenTrial) -> tuple[int, ...]:

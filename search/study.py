@@ -39,6 +39,9 @@ FITTED = 2
 CONVERGING = 3
 """The defaults of ablations whose trainings on digits are long enough to converge."""
 
+REPLACING = 4
+"""The defaults of studies whose own scores are not measured where the user's objectives replace them."""
+
 SETTINGS_ATTRIBUTE = "settings"
 IDENTITY_ATTRIBUTE = "study_id"
 DEFAULT_DATA = "digits"
@@ -75,7 +78,7 @@ class RunSettings:
     img_size: int | None = None
     proxy_img_size: int | None = None
     num_classes: int | None = None
-    defaults: int = CONVERGING
+    defaults: int = REPLACING
     data: str = DEFAULT_DATA
     weights: Path | None = None
     budget: Budget = UNLIMITED
@@ -123,14 +126,25 @@ class RunSettings:
     def calls(self, *own: str) -> tuple[Call, ...]:
         """A study's own evaluators, then those that the user adds, each with this run's settings for it.
 
-        A score that is an objective brings its evaluator along, so that `--objectives nsc` says enough.
+        A score that is an objective brings its evaluator along, so that `--objectives nsc` says enough. It stands in the place of the
+        study's own scores: one of those that takes time and is no objective is not measured.
         """
-        names = dict.fromkeys([*own, *self.evaluators])
+        names = list(dict.fromkeys([*own, *self.evaluators]))
         measured = {metric.name for name in names for metric in evaluators.get(name).metrics}
         if missing := [metric for metric in self.objectives if metric not in measured]:
             known = scores()
-            names |= dict.fromkeys(known[metric] for metric in missing if metric in known)
-        return tuple(self.call(name) for name in names)
+            names += dict.fromkeys(known[metric] for metric in missing if metric in known)
+            if not known.keys() >= set(missing):
+                # The phase refuses the objective, and names what it could be.
+                return tuple(map(self.call, names))
+        if self.objectives and self.defaults >= REPLACING:
+            names = [name for name in names if name in self.evaluators or not self._is_replaced(name)]
+        return tuple(map(self.call, names))
+
+    def _is_replaced(self, evaluator: str) -> bool:
+        declared = evaluators.get(evaluator)
+        is_objective = any(metric.name in self.objectives for metric in declared.metrics)
+        return declared.subject == "proxy" and not declared.is_free and not is_objective
 
 
 def _names(given: str | Sequence[str], flag: str) -> tuple[str, ...]:
@@ -156,8 +170,9 @@ class Phase:
     Either a `strategy` proposes `num_trials` trials one by one, or `propose` makes a proposer that works in rounds and
     ends by itself, from what the earlier phases found. `needs` says which trials of earlier phases the evaluators are given.
     `resources` are what each trial takes; None takes what the evaluators declare, with the user's GPUs and processes for those that
-    can use them. `plan` says what a proposer will do, and its limits. Where `failures_are_data`, a network that cannot be measured is a
-    result like any other, and many of them in a row do not stop the phase.
+    can use them. `trials_also_take` are the changes to them that trials have of their own. `plan` says what a proposer will do, and its
+    limits. Where `failures_are_data`, a network that cannot be measured is a result like any other, and many of them in a row do not stop
+    the phase.
     """
 
     name: str
@@ -170,6 +185,7 @@ class Phase:
     propose: Callable[[Mapping[str, optuna.Study]], Proposer] | None = None
     needs: tuple[Need, ...] = ()
     resources: Resources | None = None
+    trials_also_take: tuple[Mapping[str, Any], ...] = ()
     plan: str = ""
     failures_are_data: bool = False
 
@@ -205,6 +221,11 @@ class Phase:
     def trial_resources(self, run: RunSettings) -> Resources:
         """What each trial takes, when the user asks for `run`'s GPUs and processes."""
         return self.resources or resources_of(self.evaluators, gpus=run.gpus, processes=run.processes)
+
+    def all_resources(self, run: RunSettings) -> tuple[Resources, ...]:
+        """Everything that some trial takes, as far as that is known before the first."""
+        common = self.trial_resources(run)
+        return (common, *dict.fromkeys(common.changed(changes) for changes in self.trials_also_take))
 
     @cached_property
     def example(self) -> Candidate:
@@ -414,7 +435,8 @@ def _refuse_name_of_another_method(name: str, method: str, storage: optuna.stora
 
 
 def make_sampler(phase: Phase, seed: int) -> optuna.samplers.BaseSampler:
-    return strategies.get(phase.strategy or "random")(Problem(space=phase.space, goals=phase.goals, budget=phase.budget, seed=seed))
+    problem = Problem(space=phase.space, goals=phase.goals, budget=phase.budget, seed=seed, num_trials=phase.num_trials)
+    return strategies.get(phase.strategy or "random")(problem)
 
 
 def _differences(stored: Any, wanted: Any, where: str = ""):

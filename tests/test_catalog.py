@@ -78,7 +78,7 @@ def test_a_file_holds_a_spec_or_a_candidate(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("deit_smal", "unknown model 'deit_smal'; did you mean 'deit_small'.*as_vit:STRING, reduced:STRING, timm:NAME"),
+        ("deit_smal", "unknown model 'deit_smal'; did you mean 'deit_small'.*reduced:STRING, sn_net:STRING, vit_resnas:STRING, timm:NAME"),
         ("absent.json", "absent.json: .*No such file"),
         ("vit:8,2,3", "unknown model"),
     ],

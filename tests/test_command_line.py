@@ -22,7 +22,17 @@ SEED = "as_vit:8,2,3|4,1,2|4,1,4|4,1,6|32"
 def test_list_names_what_there_is_without_importing_the_heavy_libraries(tmp_path: Path):
     listed = run_command("list", cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert listed.returncode == 0, listed.stderr
-    for name in ("as_vit", "smoke", "deit_small", "mixer window_attention", "pooling ggem", "profile", "policy_gradient", "nsga2"):
+    for name in (
+        "as_vit",
+        "smoke",
+        "deit_small",
+        "vit_resnas/tiny",
+        "mixer window_attention",
+        "pooling ggem",
+        "profile",
+        "policy_gradient",
+        "nsga2",
+    ):
         assert f"  {name} " in listed.stdout
     imported = {line.split("|")[-1].strip() for line in listed.stderr.splitlines()}
     assert not imported & {"torch", "timm", "ray", "optuna", "mlflow", "pandas", "numpy"}
@@ -57,7 +67,7 @@ def test_a_described_spec_is_found_again_by_its_file(tmp_path: Path):
 
 def test_evaluate_measures_one_model_now(tmp_path: Path):
     spec = json.loads(run_here(main, "describe", SEED, "--json", cwd=tmp_path).stdout)["spec"]
-    (tmp_path / "small.json").write_text(json.dumps({**spec, "img_size": 32}))
+    (tmp_path / "small.json").write_text(json.dumps({**spec, "img_size": 32, "num_classes": 10}))
     flags = ["small.json", "--evaluators", "as_vit,cost", "--seed", "3", "--set", "as_vit.mode=reference", "--json"]
     flags += ["--set", "as_vit.num_repeats=2", "--set", "as_vit.num_angles=2", "--set", "as_vit.ntk_batch_size=2"]
     first, second = run_command("evaluate", *flags, cwd=tmp_path), run_here(main, "evaluate", *flags, cwd=tmp_path)
@@ -77,7 +87,17 @@ MISTAKES = {
     "unknown setting": (["as_vit", "--set", "as_vit.mod=x"], "unknown setting 'mod'"),
     "setting not allowed": (["as_vit", "--set", "as_vit.mode=fast"], "allowed: default, reference"),
     "settings of another evaluator": (["as_vit", "--set", "profile.batch_size=2"], "unknown evaluator 'profile' in --set"),
+    "size that does not fit": (["evaluate", "vit_resnas_tiny", "--evaluators", "cost", "--img-size", "100"], "nearest img_size"),
     "malformed topology": (["describe", "as_vit:9,2,3|4,1,2|4,1,4|4,1,6|32"], "4, 5, 6, 7, 8"),
+    "subnet of another depth": (
+        ["describe", "vit_resnas/digits:32,4x96,4x96|64,4x192,4x192,4x192|128,4x384,4x384,4x384"],
+        "subnet string of vit_resnas/digits: stage 1 has 2 blocks; allowed: 3",
+    ),
+    "value of a subnet": (
+        ["describe", "vit_resnas/digits:32,4x96,-,4x96|64,4x192,4x192,4x190|128,4x384,4x384,4x384"],
+        "block 3 of stage 2: hidden_dim is 190; allowed: 192, 160, 128, 96",
+    ),
+    "malformed network": (["describe", "vit_resnas:176,3x704|352,10|704,8x2560"], "block 1 of stage 2 is not HEADSxHIDDEN, as in 3x704"),
     "budget too small": (["as_vit", "--max-params-m", "0.01"], "no network of space 'as_vit/topology' is within --max params_m=0.01"),
     "unreachable compute budget": (
         ["smoke", "--max-gmacs", "1e-9"],
@@ -174,10 +194,9 @@ def test_a_recipe_is_read_field_by_field():
     assert parse_recipe("", 7) is None
 
 
-@pytest.mark.slow
 def test_evaluate_trains_one_model_with_a_recipe(tmp_path: Path):
     flags = ["--evaluators", "train", "--recipe", "epochs=1,batch_size=256,flip=false", "--workdir", tmp_path / "out", "--json"]
-    done = run_command("evaluate", "vit_digits", *flags, cwd=tmp_path)
+    done = run_here(main, "evaluate", "vit_digits", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 0 <= json.loads(done.stdout)["values"]["test_top1_pct"] <= 100
     assert "train (evaluator 1 of 1)  epoch 1 of 1 | " in done.stderr

@@ -15,13 +15,14 @@ import search
 from results.paths import RunPaths
 from search.budget import Budget, climb, random_point
 from search.composition import composed_space, needed_choices
+from search.preparation import fitted
 from search.run import main
 from search.storage import open_storage
 from search.strategy import Problem, strategies
 from search.studies.ablations import AblationOptions
 from search.studies.compose import ComposeOptions
 from search.studies.tune import TuneOptions
-from search.study import RunSettings, SettingsError, Study, open_phase, studies
+from search.study import CONVERGING, RunSettings, SettingsError, Study, open_phase, studies
 from space import catalog
 from space.recipe import Recipe
 from space.registry import SpecError
@@ -148,6 +149,7 @@ MISTAKES = {
         "the first choices of all axes make no network (pooling: pooling 'class_token' needs a class token",
     ),
     "nothing is trained": (["--evaluators", "cost", "--axis", "recipe.lr=1e-3,1e-2"], "--axis recipe.lr: cost trains nothing"),
+    "scores train nothing": (["--objectives", "snip", "--axis", "recipe.lr=1e-3,1e-2"], "--axis recipe.lr: gradient_scores trains nothing"),
     "recipe of nothing": (
         ["--evaluators", "cost", "--axis", "depth=2,3", "--recipe", "epochs=3"],
         "--recipe epochs=3: cost trains nothing",
@@ -156,7 +158,7 @@ MISTAKES = {
         ["--axis", "depth=2,3", "--evaluators", "cost", "--objectives", "params"],
         "unknown objective 'params' in phase 'search', which measures by cost; did you mean 'params_m'? known: depth, gmacs, params_m",
     ),
-    "unknown strategy": (["--axis", "depth=2,3", "--strategy", "tpee"], "did you mean 'tpe'? known: grid, halving, nsga2"),
+    "unknown strategy": (["--axis", "depth=2,3", "--strategy", "tpee"], "did you mean 'tpe'? known: evolution, grid, halving, nsga2"),
     "grid of an interval": (["--axis", "recipe.lr=1e-4..1e-2", "--strategy", "grid"], "the axes have infinitely many points"),
     "grid with trials": (["--axis", "depth=2,3", "--strategy", "grid", "--trials", "3"], "--trials 3 means nothing with --strategy grid"),
     "halving without training": (["--axis", "depth=2,3", "--evaluators", "cost", "--strategy", "halving"], "needs --evaluators train"),
@@ -305,7 +307,7 @@ def other(study: str, options=None, **run) -> Study:
 @pytest.mark.parametrize(
     ("study", "run"),
     [
-        ("smoke", {"evaluators": "profile", "objectives": "latency_ms"}),
+        ("smoke", {"evaluators": "profile"}),
         ("as_vit", {"evaluators": "profile", "objectives": "length_distortion,latency_ms"}),
         ("tune", {"evaluators": "profile", "objectives": "val_nll", "options": TuneOptions()}),
         ("ablations", {"evaluators": "profile", "options": AblationOptions()}),
@@ -342,12 +344,41 @@ def test_a_study_that_takes_neither_says_so(monkeypatch: pytest.MonkeyPatch):
         other("smoke", objectives="gmacs")
 
 
-@pytest.mark.parametrize("study", ["smoke", "as_vit"])
-def test_a_score_as_objective_brings_its_evaluator_along(study: str, tmp_path: Path):
-    made = studies.get(study)(RunSettings(study=study, runs=tmp_path, objectives=("nsc",)))
-    for phase in made.phases:
-        assert phase.objectives == ("nsc",)
-        assert [call.name for call in phase.evaluators].count("nsc") == 1
+@pytest.mark.parametrize(
+    ("study", "run", "evaluators"),
+    [
+        ("smoke", {"objectives": "nsc"}, "cost nsc"),
+        ("smoke", {"objectives": "latency_ms", "evaluators": "profile"}, "cost profile"),
+        ("smoke", {"objectives": "nsc", "evaluators": "as_vit"}, "as_vit cost nsc"),
+        ("smoke", {"objectives": "nsc,ntk_condition"}, "as_vit cost nsc"),
+        ("as_vit", {"objectives": "nsc"}, "as_vit_closed_form cost nsc"),
+        ("as_vit", {"objectives": "snip"}, "as_vit_closed_form cost gradient_scores"),
+        ("as_vit", {}, "as_vit as_vit_closed_form cost"),
+        ("tune", {"objectives": "nsc"}, "train nsc"),
+    ],
+)
+def test_an_objective_stands_in_the_place_of_the_studys_own_scores(study: str, run: dict, evaluators: str):
+    for phase in other(study, **run).phases:
+        assert [call.name for call in phase.evaluators] == evaluators.split()
+
+
+def test_compose_by_scores_alone_trains_nothing():
+    (phase,) = made({"objectives": "nsc,snip,params_m"}, axis=("depth=1..4",)).phases
+    assert [call.name for call in phase.evaluators] == ["nsc", "gradient_scores", "cost"]
+    assert phase.example.recipe is None
+
+
+@pytest.mark.parametrize(("study", "own"), [("as_vit", "as_vit"), ("compose", "train")])
+def test_a_study_that_measured_its_own_scores_beside_the_objective_goes_on_to(study: str, own: str, tmp_path: Path):
+    options = ComposeOptions(axis=("depth=1..4",)) if study == "compose" else None
+    settings = RunSettings(study=study, runs=tmp_path, objectives=("nsc",), options=options, defaults=CONVERGING)
+    phase = studies.get(study)(settings).phases[0]
+    assert own in (call.name for call in phase.evaluators)
+    open_phase(f"{study}/{phase.name}", phase, settings, "digits", open_storage(str(tmp_path / "optuna.journal")))
+    resumed = fitted(dataclasses.replace(settings, defaults=RunSettings.defaults), fresh=False)
+    assert studies.get(study)(resumed).phases[0].evaluators == phase.evaluators
+    anew = fitted(dataclasses.replace(settings, defaults=RunSettings.defaults), fresh=True)
+    assert own not in (call.name for call in studies.get(study)(anew).phases[0].evaluators)
 
 
 def test_an_objective_that_no_score_has_is_refused(tmp_path: Path):

@@ -167,7 +167,7 @@ def test_evaluate_says_what_it_measured_under(tmp_path: Path):
     flags = ["--evaluators", "profile", "--set", "profile.num_runs=30", "--set", "profile.batch_size=2", "--img-size", "16"]
     shown = run_here(main, "evaluate", "vit_digits", *flags, cwd=tmp_path).stdout
     assert ", 1 thread, seed 0, " in shown
-    assert "profile: batch_size 2, precision fp32, num_runs 30, num_warmup 10" in shown
+    assert "profile: precision fp32, batch_size 2, num_runs 30, num_warmup 10" in shown
     assert "forward pass of a batch, lower quartile" in shown
     assert max(map(len, shown.splitlines())) <= 80
 

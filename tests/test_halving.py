@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 import torch
-from conftest import run_command
+from conftest import run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
@@ -19,7 +19,8 @@ from test_loop import run as run_phase
 from results.paths import RunPaths
 from results.records import Metric
 from results.study_results import load
-from search.strategies.halving import Halving, rung_sizes
+from search.run import main
+from search.strategies.halving import Halving, NearestToFront, rung_sizes
 from search.strategy import enqueue
 from search.studies.tune import TuneOptions
 from search.study import RESULT_ATTRIBUTE, RunSettings, studies
@@ -134,6 +135,53 @@ def test_interrupted_anywhere_it_measures_what_it_would_have_measured(num_points
     assert len(whole.trials) == sum(rung_sizes(num_points, len(RUNGS), reduction))
 
 
+COSTS = {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0, 5: 6.0}
+
+
+def nearest(*budgets: float, **changes: Any) -> NearestToFront:
+    """The rule over `COSTS`, with a budget for each of these bounds."""
+    within = [lambda point, bound=bound: COSTS[point["point"]] <= bound for bound in budgets]
+    fields = {"cost": lambda point: COSTS[int(point["point"])], "budgets": within, "goal": GOAL, "reduction": 3.0}
+    return NearestToFront(**{**fields, **changes})
+
+
+def going_on(select: NearestToFront, scores: Sequence[float]) -> list[int]:
+    """Of a point for each score, those that reach the second rung."""
+    rounds = run(
+        halving(len(scores), select.goal, rungs=(1, 3), select=select), new_study(select.goal), lambda point, epochs: scores[point]
+    )
+    return sorted(point for point, _ in rounds[1])
+
+
+def test_the_whole_front_goes_on_the_cheapest_point_too_however_low_it_is():
+    assert going_on(nearest(6.0), [0.1, 0.05, 0.6, 0.6, 0.9, 0.8]) == [0, 2, 3, 4]
+    assert going_on(nearest(6.0, goal=Metric("loss", "minimize")), [0.9, 0.95, 0.4, 0.4, 0.1, 0.2]) == [0, 2, 3, 4]
+
+
+def test_what_is_least_behind_the_front_fills_the_share_not_what_is_best():
+    # Point 1 is behind point 0 by 0.05, points 4 and 5 behind point 3 by 0.1 and more: the better ones are farther from the front.
+    scores = [0.30, 0.25, 0.80, 0.90, 0.80, 0.70]
+    assert going_on(nearest(6.0), scores) == [0, 2, 3]
+    assert going_on(nearest(6.0, reduction=1.5), scores) == [0, 1, 2, 3]
+    assert going_on(nearest(6.0, at_least=5), scores) == [0, 1, 2, 3, 4]
+
+
+def test_the_best_of_every_budget_goes_on_also_behind_the_front():
+    falling = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    assert going_on(nearest(6.0), falling) == [0, 1]
+    # A budget of something else than the cost: the two dearest.
+    dear = [lambda point: COSTS[point["point"]] >= 5.0]
+    assert going_on(nearest(budgets=[lambda point: True, *dear]), falling) == [0, 1, 4]
+
+
+def test_the_total_is_unknown_until_the_rule_has_said_how_many_go_on():
+    study, proposer = new_study(), halving(6, rungs=(1, 3), select=nearest(6.0))
+    assert proposer.num_total(study) is None
+    run(proposer, study, lambda point, epochs: float(-point))
+    assert proposer.num_total(study) == 8
+    assert proposer.ended == "10 of 18 epochs trained, 44 % saved; 2 of 6 points went to the end"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -182,10 +230,11 @@ def test_the_winner_of_a_real_tuning_has_the_bits_of_a_training_in_one_piece(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("serial_pool")
 def test_a_tuning_by_command_shows_whole_trainings_first_and_the_default_recipe(tmp_path: Path):
-    done = run_command("tune", "--recipes", "4", "--epochs", "9", "--batch-size", "256", "--runs", tmp_path, cwd=tmp_path)
+    done = run_here(main, "tune", "--recipes", "4", "--epochs", "9", "--batch-size", "256", "--runs", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "successive halving of 4 recipes: 4 to epoch 1, 2 to epoch 3, 1 to epoch 9" in done.stdout
+    assert "successive halving of 4 recipes: 4 to epoch 1, 2 to epoch 3, 1 to epoch 9" in " ".join(done.stdout.split())
     assert "14 of 36 epochs trained, 61 % saved; 1 of 4 points went to the end" in done.stdout
     table = load(RunPaths(tmp_path).mlflow_uri, "tune")
     assert len(table) == 7

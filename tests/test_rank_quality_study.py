@@ -53,6 +53,8 @@ def test_a_table_gives_a_verdict_and_a_second_target_measures_nothing_again(tmp_
     table = written(tmp_path / "table.jsonl", rows())
     assert run(tmp_path, table, "by_nsc", "--scores", SCORES, "--json") == 0
     out = capsys.readouterr().out
+    assert " ".join(out.split()).count("18 networks of the table, each scored once") == 1
+    assert "\nrank_quality/cost, shape, nsc: 18 networks of the table" in out
     verdict = json.loads(out.splitlines()[-1])
     assert list(verdict) == SCORES.split(",")
     assert verdict["nsc"]["tau"] == pytest.approx(1.0)
@@ -162,6 +164,7 @@ def test_a_wrong_row_is_named_in_one_line_before_any_work(row: Any, message: str
         (["--table", "{table}", "--target", "by_nsc", "--family", "swin"], "unknown family 'swin'"),
         (["--table", "{table}", "--target", "by_nsc", "--scores", "nsd"], "unknown score 'nsd'"),
         (["--table", "{table}", "--target", "by_nsc", "--scores", "closed_form"], "--scores closed_form: the closed form holds for As-ViT"),
+        (["--table", "{table}", "--target", "by_nsc", "--scores", "meco", "--proxy-img-size", "64"], "--scores meco: meco is 0 here"),
         (["--table", "{table}", "--target", "by_nsc", "--trials", "3"], "--trials means nothing here"),
         (["--table", "{short}", "--target", "by_nsc"], "has 9 networks; at least 10 are needed"),
         (["--table", "study:none", "--target", "by_nsc"], "no MLflow store"),
@@ -180,6 +183,7 @@ def test_flags_that_cannot_work_are_one_line(flags: list[str], message: str, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("serial_pool")
 def test_a_study_that_measured_a_network_in_several_ways_is_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     axis = ["--axis", "recipe.lr=1e-4,1e-3", "--recipe", "epochs=1", "--evaluators", "train"]
     assert main(["compose", "--model", "vit_digits", *axis, "--runs", str(tmp_path / "runs")]) == 0

@@ -70,13 +70,16 @@ def small_network(params: Mapping[str, Any]) -> Candidate:
 WITHIN = " within a budget"
 BUDGET = Budget(at_most={"params_m": 0.09}, at_least={"params_m": 0.06})
 """About 20 % of the points are within it."""
+NUM_TRIALS = 70
+"""Trials that a strategy is told to plan for; past NSGA-II's first generation of 50."""
 
 
 def make(name: str, seed: int) -> BaseSampler:
     if name.endswith(WITHIN):
         space = dataclasses.replace(SPACE, decode=small_network)
-        return strategies.get(name.removesuffix(WITHIN))(Problem(space=space, goals=GOALS, budget=BUDGET, seed=seed))
-    return strategies.get(name)(Problem(space=SPACE, goals=GOALS, seed=seed))
+        problem = Problem(space=space, goals=GOALS, budget=BUDGET, seed=seed, num_trials=NUM_TRIALS)
+        return strategies.get(name.removesuffix(WITHIN))(problem)
+    return strategies.get(name)(Problem(space=SPACE, goals=GOALS, seed=seed, num_trials=NUM_TRIALS))
 
 
 def new_study(sampler: BaseSampler, storage: BaseStorage | None = None) -> optuna.Study:

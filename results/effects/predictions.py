@@ -21,7 +21,8 @@ class Predictions:
     """One trial on the test images: `ids` and `labels` (N,) int64, each outcome (N,) float.
 
     `curves` are its robustness curves, averaged over images: levels (L,) and accuracy (L,) in percent. `train_loss` (E,) is the mean
-    training loss of each epoch, None if it was not kept, as before November 2026.
+    training loss of each epoch, None if it was not kept, as before November 2026. `val` are the ids of the validation images and which of
+    them were recognised (V,), None if they were not kept.
     """
 
     ids: np.ndarray
@@ -30,6 +31,7 @@ class Predictions:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     num_classes: int
     train_loss: np.ndarray | None = None
+    val: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ def read_predictions(path: Path) -> Predictions:
     if not ((labels >= 0) & (labels < logits.shape[1])).all():
         raise ValueError(f"{path.name}: labels from {labels.min()} to {labels.max()} of {logits.shape[1]} classes")
     train_loss = stored.get("train_loss")
+    val = (stored["val_ids"], stored["val_correct"]) if "val_ids" in stored else None
     logits -= logits.max(axis=1, keepdims=True)
     nll = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
     outcomes = {"top1_pct": 100.0 * (logits.argmax(axis=1) == labels), "nll": nll}
@@ -77,7 +80,9 @@ def read_predictions(path: Path) -> Predictions:
                 raise ValueError(f"{beside.name}: {name} is {correct.shape} for {len(ids)} images at {len(levels)} levels")
             outcomes[f"{name}_auc"] = area_pct(levels, correct)[order]
             curves[name] = levels, correct.mean(axis=0)
-    return Predictions(ids=ids, labels=labels, outcomes=outcomes, curves=curves, num_classes=logits.shape[1], train_loss=train_loss)
+    return Predictions(
+        ids=ids, labels=labels, outcomes=outcomes, curves=curves, num_classes=logits.shape[1], train_loss=train_loss, val=val
+    )
 
 
 def _arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:

@@ -204,7 +204,7 @@ def read_cells(client: MlflowClient, trials: Sequence[Run]) -> tuple[list[Cell],
             continue
         source = int(run.data.tags.get("reused_from", number))
         if source not in predictions:
-            predictions[source] = _read_predictions(client, by_number[source]) if source in by_number else f"trial {source} is gone"
+            predictions[source] = read_run_predictions(client, by_number[source]) if source in by_number else f"trial {source} is gone"
         measured = predictions[source]
         if isinstance(measured, str):
             absent[key] = measured
@@ -213,7 +213,7 @@ def read_cells(client: MlflowClient, trials: Sequence[Run]) -> tuple[list[Cell],
     return list(cells.values()), {key: reason for key, reason in absent.items() if key not in cells}
 
 
-def _read_predictions(client: MlflowClient, run: Run) -> Predictions | str:
+def read_run_predictions(client: MlflowClient, run: Run) -> Predictions | str:
     """The predictions of a trial, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         try:

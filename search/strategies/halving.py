@@ -5,15 +5,19 @@ figure 1: every point is trained to the first rung, the best share of them to th
 its own training, so a rung costs only the epochs between it and the one before. The learning rate follows the schedule of the full
 length from the first epoch on; what is compared at a rung are trainings in progress, not short ones that have ended.
 
-Deviation from the paper: the rungs are given; in the paper they follow from a budget.
+Deviation from the paper: the rungs are given; in the paper they follow from a budget. Where the answer is not one point but a front, or
+one point for each of several budgets, another rule than the best share says who goes on (`NearestToFront`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
@@ -32,13 +36,51 @@ def rung_sizes(num_points: int, num_rungs: int, reduction: float) -> list[int]:
     return sizes
 
 
+class Selection(Protocol):
+    """Who goes on: called with the points that are complete at a rung, best first, and the value of each."""
+
+    def __call__(self, points: Sequence[Mapping[str, Scalar]], values: Sequence[float], /) -> Collection[int]:
+        """The positions of those that go on, at least one."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestToFront:
+    """The rule of who goes on where a front and a winner under each of several budgets are asked for.
+
+    Within each budget, every point on the front of the value over `cost` goes on, and those that are least behind it, up to
+    1 / `reduction` of the points, rounded up, and `at_least` so many. A point is behind by what the best point that costs no more is ahead
+    of it: so the cheapest point is on the front, however low its value, and the best point of a budget too. `budgets` say of a point
+    whether it is within them; costs are minimised.
+    """
+
+    cost: Callable[[Mapping[str, Scalar]], float]
+    budgets: Sequence[Callable[[Mapping[str, Scalar]], bool]]
+    goal: Metric
+    reduction: float
+    at_least: int = 1
+
+    def __call__(self, points: Sequence[Mapping[str, Scalar]], values: Sequence[float], /) -> Collection[int]:
+        sign = 1 if self.goal.goal == "maximize" else -1
+        costs, scores = np.array([self.cost(point) for point in points]), sign * np.array(values)
+        chosen: set[int] = set()
+        for is_within in self.budgets:
+            within = [index for index, point in enumerate(points) if is_within(point)]
+            behind = {one: max(scores[other] - scores[one] for other in within if costs[other] <= costs[one]) for one in within}
+            number = max(math.ceil(len(within) / self.reduction), self.at_least)
+            # Sorted stably: of points that are equally far behind, the best come first.
+            chosen.update(sorted(within, key=behind.__getitem__)[:number])
+            chosen.update(one for one in within if behind[one] == 0)
+        return chosen
+
+
 class Halving:
     """Proposer of successive halving over `points`, which lack the axis `epochs_axis`.
 
     `rungs` are epochs in rising order, the last one the whole training. Of the points that are complete at a rung, the best
-    1 / `reduction` by `goal`, rounded up, go on. A point that fails takes no further part; the next start tries it again if the failure
-    need not come again, as with a timeout or a lost worker. Everything is derived anew from the told trials. Raises SpecError for rungs
-    that do not rise, a reduction of at most 1, or a point that is given twice.
+    1 / `reduction` by `goal`, rounded up, go on, or those that `select` chooses. A point that fails takes no further part; the next start
+    tries it again if the failure need not come again, as with a timeout or a lost worker. Everything is derived anew from the told trials.
+    Raises SpecError for rungs that do not rise, a reduction of at most 1, or a point that is given twice.
     """
 
     def __init__(
@@ -49,6 +91,7 @@ class Halving:
         goal: Metric,
         reduction: float = 3.0,
         epochs_axis: str = "epochs_trained",
+        select: Selection | None = None,
     ):
         if not points:
             raise SpecError("halving needs at least one point")
@@ -64,6 +107,7 @@ class Halving:
         self._goal = goal
         self._reduction = reduction
         self._axis = epochs_axis
+        self._select = select
         self._proposed: set[tuple[Point, int]] = set()
 
     def next_batch(self, study: optuna.Study) -> list[Mapping[str, Scalar]] | None:
@@ -90,10 +134,15 @@ class Halving:
         }
         return [trial for trial in waiting if self._place(trial) not in wanted]
 
-    def num_total(self, study: optuna.Study) -> int:
-        """Trials that will be complete if no further trial fails; those of earlier starts with other points included."""
+    def num_total(self, study: optuna.Study) -> int | None:
+        """Trials that will be complete if no further trial fails; those of earlier starts with other points included.
+
+        None while a `select` has still to say how many go on.
+        """
         trials = self._by_place(study)
         known = self._survivors(trials)
+        if self._select is not None and len(known) < len(self._rungs):
+            return None
         sizes = [
             sum(not _has_failed(trials.get((point, rung))) for point in points) for rung, points in zip(self._rungs, known, strict=False)
         ]
@@ -118,8 +167,15 @@ class Halving:
             ranked = self._ranked(trials, reached[-1], rung)
             if not ranked:
                 break
-            reached.append([self._place(trial)[0] for trial in ranked[: math.ceil(len(ranked) / self._reduction)]])
+            reached.append([self._place(trial)[0] for trial in self._going_on(ranked)])
         return reached
+
+    def _going_on(self, ranked: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Those of the complete trials of a rung, best first, whose points go on to the next."""
+        if self._select is None:
+            return list(ranked[: math.ceil(len(ranked) / self._reduction)])
+        chosen = self._select([self._points[self._place(trial)[0]] for trial in ranked], [trial.values[0] for trial in ranked])
+        return [trial for index, trial in enumerate(ranked) if index in chosen]
 
     def _ranked(self, trials: Mapping[tuple[Point, int], FrozenTrial], points: Sequence[Point], rung: int) -> list[FrozenTrial]:
         """The complete trials of `points` at a rung, the best first, equals in the order of the points."""

@@ -42,7 +42,7 @@ class WithinBudget(BaseSampler):
         self._space = problem.space
         self._budget = problem.budget
         self._seed = problem.seed
-        self._distributions = {axis.name: _distribution(axis) for axis in problem.space.axes}
+        self._distributions = {axis.name: distribution_of(axis) for axis in problem.space.axes}
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         self._sampler.before_trial(study, trial)
@@ -107,7 +107,8 @@ class WithinBudget(BaseSampler):
         return point
 
 
-def _distribution(axis: Axis) -> BaseDistribution:
+def distribution_of(axis: Axis) -> BaseDistribution:
+    """The axis as Optuna knows it."""
     if isinstance(axis.choices, range):
         return IntDistribution(axis.choices[0], axis.choices[-1], step=axis.choices.step)
     if isinstance(axis.choices, Interval):

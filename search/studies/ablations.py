@@ -23,10 +23,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from results.records import Metric
+from search.default_recipe import default_recipe
 from search.fixed_points import grid
-from search.study import CONVERGING, FineTuning, Need, Phase, RunSettings, SettingsError, Study, study
+from search.study import CONVERGING, DEFAULT_DATA, FineTuning, Need, Phase, RunSettings, SettingsError, Study, study
 from space.model import Model, as_arch, require_arch, resized, supports_class_row, token_size
-from space.recipe import Recipe
 from space.registry import SpecError, unknown_name
 from space.search_space import Axis, Candidate, SearchSpace
 from space.spec import ArchSpec, Component, full_choices
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 FIRST_MIXINGS = ("mixup", "cutmix", "mixup_cutmix", "patch_mixing", "mask_mix", "transmix", "mixpro")
 """Stored studies have them in this order; all other registered mixings follow by name."""
+NO_LEVELS = frozenset({"patch_tokens"})
+"""Mixings that change more than one thing: this one brings a second classifier."""
 
 
 def _place(mixing: str) -> int:
@@ -46,7 +48,7 @@ def _place(mixing: str) -> int:
 
 LEVELS: dict[str, tuple[str, ...]] = {
     "pooling": ("class_token", "mean", "relu_mean", "max", "gem", "ggem_frozen", "ggem"),
-    "mixing": ("none", *sorted(mixings.names(), key=lambda name: (_place(name), name))),
+    "mixing": ("none", *sorted(set(mixings.names()) - NO_LEVELS, key=lambda name: (_place(name), name))),
     "optimizer": ("adamw", "lion", "lamb", "sgd"),
 }
 """The levels of each factor, the reference's first. They are the choices of the study's axes: a new level makes another space,
@@ -202,26 +204,18 @@ def _note_on_seeds(flag: str, num: int, design: Design) -> list[str]:
 
 def reference_candidate(run: RunSettings, options: AblationOptions) -> Candidate:
     """The reference candidate: every level departs from it in one thing."""
-    is_digits = run.data == "digits"
-    # Studies that were created before keep what they had: 20 epochs and crops, which digits do not converge in.
-    converges = is_digits and run.defaults >= CONVERGING
-    epochs = options.epochs or (60 if converges else 20)
-    name = options.model or ("vit_digits" if is_digits else "vit_cifar")
+    name = options.model or ("vit_digits" if run.data == DEFAULT_DATA else "vit_cifar")
     model = resized(run.model(name), img_size=run.img_size, num_classes=run.num_classes)
     # Trained from fresh weights, a subnet is its architecture, and its parts may be exchanged.
     arch = as_arch(model)
     if arch is not None and arch.prefix is not None and arch.prefix.name == "class_token":
         arch = replace(arch, pooling=Component("class_token"))
-    lr = options.lr or (3e-3 if is_digits else 1e-3)
-    recipe = Recipe(
-        epochs=epochs,
-        batch_size=options.batch_size or (32 if is_digits else 128),
-        lr=lr,
-        min_lr=lr / 100,
-        warmup_epochs=epochs / 10,
-        # A mirrored digit is another digit, or none; and digits fill their square, so that a crop cuts strokes off.
-        flip=not is_digits,
-        crop="none" if converges else "pad" if model.img_size < 64 else "resized",
+    recipe = default_recipe(
+        run,
+        img_size=model.img_size,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
         layer_decay=options.layer_decay,
         freeze=options.freeze,
     )

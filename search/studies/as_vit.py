@@ -5,6 +5,7 @@
 Phase `topology` searches the 4,556,250 seed topologies by two scores of the untrained network: expected length
 distortion (higher is better) and NTK condition number (lower is better). Phase `growth` scales the best of them in
 depth and width, scoring a narrow proxy of every candidate, into a family of networks up to `--max params_m=M`, in `--rounds` at most.
+`--objectives` puts other scores in the place of both, in both phases.
 
 Every network of a study is held to the upper bounds. Lower bounds are for the family alone: seed topologies are small, and
 growth passes through small networks, so those below are measured too and left out of the family.

@@ -22,12 +22,13 @@ from search.composition import RECIPE, MakeRecipe, composed_space, needed_choice
 from search.fixed_points import grid
 from search.strategy import strategies
 from search.studies.ablations import AblationOptions, reference_candidate
-from search.studies.tune import EPOCHS_AXIS, REDUCTION, halving_plan, rungs_of, stopping
-from search.study import Options, Phase, RunSettings, SettingsError, Study, study
+from search.study import REPLACING, Options, Phase, RunSettings, SettingsError, Study, study
+from search.training_rounds import EPOCHS_AXIS, REDUCTION, halving_plan, rungs_of, stopping
 from space.model import resized
 from space.recipe import Recipe, parse_recipe_fields
 from space.registry import SpecError, unknown_name
 from space.search_space import Axis, Candidate, SearchSpace
+from workers.evaluator import scores
 
 if TYPE_CHECKING:
     from space.component import Scalar
@@ -73,7 +74,7 @@ def compose(run: RunSettings) -> Study:
     options: ComposeOptions = run.options
     if not options.axis:
         raise SettingsError(f"compose needs an axis, {EXAMPLE}")
-    calls = run.calls(*(() if run.evaluators else ("train",)))
+    calls = run.calls(*(() if run.evaluators or _asks_for_scores_alone(run) else ("train",)))
     reference = reference_candidate(run, AblationOptions(model=options.model))
     model = resized(run.model(reference.label), img_size=run.img_size, num_classes=run.num_classes)
     space = composed_space(
@@ -94,10 +95,16 @@ def compose(run: RunSettings) -> Study:
     return Study(phases=(_phase(run, space, calls, objectives),), notes=tuple(needed_choices(space, options.axis)))
 
 
+def _asks_for_scores_alone(run: RunSettings) -> bool:
+    return bool(run.objectives) and run.defaults >= REPLACING and scores().keys() >= set(run.objectives)
+
+
 def _recipes(run: RunSettings, text: str, reference: Candidate, calls: tuple[Call, ...]) -> MakeRecipe | None:
     """The recipe of a candidate by the fields that axes say; None if nothing is trained."""
     given = parse_recipe_fields(text, "--recipe")
-    if not any(call.evaluator.needs_dataset for call in calls):
+    # A gradient score reads labels and trains nothing; it had a recipe all the same in older studies.
+    trains = [call.evaluator.subject == "model" or run.defaults < REPLACING for call in calls if call.evaluator.needs_dataset]
+    if not any(trains):
         if given:
             raise SettingsError(f"--recipe {text}: {', '.join(call.name for call in calls)} trains nothing; --evaluators train,... does")
         return None

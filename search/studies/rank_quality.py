@@ -13,7 +13,7 @@ from typing import Any
 from results.answers import Question
 from results.formats import MIN_NETWORKS, count
 from results.paths import RunPaths
-from search.fixed_points import grid
+from search.fixed_points import grid, refuse_flags_of_a_search
 from search.study import Options, Phase, RunSettings, SettingsError, Study, study
 from search.trained_table import TrainedNetwork, digest_of_networks, read_table
 from space.model import require_arch, resized
@@ -44,7 +44,7 @@ class RankQualityOptions(Options):
 def rank_quality(run: RunSettings) -> Study:
     """Judge training-free scores on a table of trained networks: do they rank better than counting parameters?"""
     options: RankQualityOptions = run.options
-    _refuse_flags_without_meaning(run)
+    refuse_flags_of_a_search(run, "every network of the table is scored")
     for name in ("table", "target"):
         if not getattr(options, name):
             raise SettingsError(f"--{name} is missing: {RankQualityOptions.__dataclass_fields__[name].metadata['help']}")
@@ -89,14 +89,6 @@ def rank_quality(run: RunSettings) -> Study:
     return Study(phases=tuple(phases), notes=tuple(notes), question=question)
 
 
-def _refuse_flags_without_meaning(run: RunSettings) -> None:
-    for name, flag in (("num_trials", "--trials"), ("strategy", "--strategy")):
-        if getattr(run, name) is not None:
-            raise SettingsError(f"{flag} means nothing here: every network of the table is scored")
-    if not run.budget.is_empty:
-        raise SettingsError(f"{run.budget} means nothing here: every network of the table is scored")
-
-
 def table_space(networks: tuple[TrainedNetwork, ...], proxy_img_size: int | None) -> SearchSpace:
     """One axis, the row of the table; the networks are scored at `proxy_img_size` pixels where one is given."""
 
@@ -131,7 +123,7 @@ def _chosen(text: str, run: RunSettings, first: Candidate) -> tuple[dict[str, li
         if name not in offered:
             raise unknown_name("score", name, [*ALIASES, *offered], "--scores")
         evaluator = offered[name]
-        if reason := _why_not(run.call(evaluator), first):
+        if reason := why_not(run.call(evaluator), first):
             if not takes_all:
                 raise SettingsError(f"--scores {name}: {reason}")
             notes.append(f"left out: {name} ({reason})")
@@ -142,9 +134,9 @@ def _chosen(text: str, run: RunSettings, first: Candidate) -> tuple[dict[str, li
     return measured, asked, notes
 
 
-def _why_not(call: Call, first: Candidate) -> str:
-    """Why the first network of the table cannot have the score; empty if it can, or if only a measurement would tell."""
-    network = subject_of(call, first)
+def why_not(call: Call, candidate: Candidate) -> str:
+    """Why the network of a candidate cannot have the score; empty if it can, or if only a measurement would tell."""
+    network = subject_of(call, candidate)
     try:
         call.evaluator.check(network, None, call.settings)
         if call.evaluator.is_free:

@@ -9,21 +9,18 @@ Selection looks at the validation part. The default recipe stands in the same ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from search.study import FineTuning, Phase, RunSettings, SettingsError, Study, study
+from search.training_rounds import EPOCHS_AXIS, NUM_RUNGS, REDUCTION, halving_plan, rungs_of, stopping
 from space.model import resized
 from space.randomness import stream
 from space.recipe import Recipe
 from space.search_space import Axis, Candidate, SearchSpace
-
-REDUCTION = 3
-NUM_RUNGS = 3
-EPOCHS_AXIS = "epochs_trained"
 
 AXES: dict[str, tuple[Any, ...]] = {
     "lr_factor": (0.1, 0.3, 1.0, 3.0, 10.0),
@@ -134,21 +131,3 @@ def drawn_recipes(number: int, seed: int) -> list[dict[str, Any]]:
         for index in order.tolist()
     ]
     return [DEFAULT, *(point for point in drawn if point != DEFAULT)][:number]
-
-
-def rungs_of(epochs: int) -> tuple[int, ...]:
-    """The epochs after which trainings of that length are compared, the last one the whole training."""
-    return tuple(epochs // REDUCTION**left for left in reversed(range(NUM_RUNGS)))
-
-
-def stopping(rung: int, epochs: int) -> dict[str, dict[str, int]]:
-    """The settings of a candidate that is trained up to a rung."""
-    return {"train": {"stop_after": rung}} if rung < epochs else {}
-
-
-def halving_plan(number: int, rungs: Sequence[int], what: str) -> str:
-    from search.strategies.halving import rung_sizes
-
-    sizes = rung_sizes(number, len(rungs), REDUCTION)
-    rounds = ", ".join(f"{size} to epoch {rung}" for size, rung in zip(sizes, rungs, strict=True))
-    return f"successive halving of {number} {what}: {rounds}"
