@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import CHROMIUM, chromium
@@ -72,6 +74,63 @@ def tiny_vit():
 def never_settled(monkeypatch: pytest.MonkeyPatch):
     """Files are told apart by their bytes however old they are, so that a slow test does not see them come of age."""
     monkeypatch.setattr("workers.file_hashes.SETTLED_S", float("inf"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def creates_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], None]]:
+    """MLflow takes seconds to migrate a new store to its newest tables: it makes one, and studies in this process get copies.
+
+    The value is the function that makes a store as users get it.
+    """
+    from results import mlflow_store
+
+    create = mlflow_store._create_sqlite_store
+    made = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+
+    def copy(path: Path) -> None:
+        create(made)
+        if not (path.exists() and path.stat().st_size):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(made, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlflow_store, "_create_sqlite_store", copy)
+        yield create
+
+
+@pytest.fixture
+def serial_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials run in this process, where a cluster adds nothing to the fact under test."""
+    from workers.pool import SerialPool
+
+    monkeypatch.setattr("search.service.make_pool", lambda *arguments: SerialPool())
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of one node with two CPUs; its workers can import the modules of tests."""
+    # Read once, when Ray is imported; if a pool of another file did that, its token is in the environment and serves here too.
+    if "ray" not in sys.modules:
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}")
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture
+def pool(cluster: Any) -> Iterator[Any]:
+    """A pool on the cluster of this module."""
+    from workers.pool import RayPool
+
+    made = RayPool(address=cluster.address)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,15 @@ Behaviour = Literal["work", "raise", "nan", "exhaust", "hang", "die_once", "die_
 
 @dataclass(frozen=True)
 class FaultySettings:
-    """Misbehaves for every model whose number of classes is a multiple of `every`; logs each start and end to `log`."""
+    """Misbehaves for every model whose number of classes is a multiple of `every`; logs each start and end to `log`.
+
+    The work takes `work_s` seconds, and does not end before the file `until` is there.
+    """
 
     behaviour: Behaviour = "work"
     every: int = 1
     work_s: float = 0.0
+    until: str = ""
     log: str = ""
 
 
@@ -38,6 +42,8 @@ def faulty(model: ArchSpec, context: Context, settings: FaultySettings) -> Mappi
     note(settings, "start", context)
     context.report("warming_up", 1.0, 0)
     time.sleep(settings.work_s)
+    while settings.until and not os.path.exists(settings.until):
+        time.sleep(0.02)
     if model.num_classes % settings.every == 0:
         misbehave(settings.behaviour, context)
     note(settings, "end", context)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,9 +13,12 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
-from conftest import REPOSITORY, run_command
+from conftest import run_here
+from faulty_driver import drive
+from forked import Forked
 from optuna.trial import TrialState
 
+from results import leaderboard
 from results.attachments import attach_leaderboard
 from results.effects.design import Design
 from results.effects.text import effects_summary
@@ -31,6 +31,7 @@ from results.tracking import TrialRecord
 from search.budget import Budget
 from search.preparation import fitted
 from search.registration import register
+from search.run import main
 from search.storage import open_storage
 from search.strategies.grid import Grid
 from search.studies.ablations import LEVELS, AblationOptions, cells
@@ -404,7 +405,7 @@ def test_a_study_without_measured_contrast_is_shown_without_plot(tmp_path: Path,
 # The whole of it
 
 
-FLAGS = ["ablations", "--data", "digits", "--epochs", "1", "--batch-size", "256", "--seeds", "3"]
+FLAGS = ["ablations", "--data", "digits", "--epochs", "1", "--batch-size", "256", "--seeds", "2"]
 
 
 def told(folder: Path, name: str = "ablations/train") -> optuna.Study:
@@ -421,59 +422,58 @@ def measured_cells(folder: Path) -> list[tuple[str, str, int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("serial_pool")
 def test_the_study_of_all_poolings_goes_on_after_a_kill_and_grows_by_a_factor(tmp_path: Path):
     flags = [*FLAGS, "--factor", "pooling"]
-    command = [sys.executable, str(REPOSITORY / "search" / "run.py"), *flags]
-    killed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    killed = Forked(drive, [*flags, "--runs", str(tmp_path / "runs")], "serial", folder=tmp_path)
     while len(list((tmp_path / "runs" / "work").rglob("outcome.json"))) < 4:
-        assert killed.poll() is None, killed.communicate()
+        assert killed.is_running, killed.wait()
         time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    said, _ = killed.communicate()
+    killed.send(signal.SIGKILL)
+    said = killed.wait().stdout
     (kept,) = told(tmp_path).user_attrs[DESIGNS_ATTRIBUTE]
     assert f"ablations/train tests design {kept['digest']}" in said
     assert kept["num_trials"] == 0
 
-    done = run_command(*flags, cwd=tmp_path)
+    done = run_here(main, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "21/21 done" in done.stdout
+    assert "14/14 done" in done.stdout
     assert "P pooling: ggem - mean" in done.stdout
-    assert "3 seeds cannot reject" in " ".join(done.stdout.split())
+    assert "2 seeds cannot reject" in " ".join(done.stdout.split())
     # A single seed is not the best of anything.
     assert "best trial" not in done.stdout
-    poolings = [("pooling", level, seed) for level in LEVELS["pooling"] for seed in range(3)]
-    assert [trial.state for trial in told(tmp_path).trials] == [TrialState.COMPLETE] * 21
+    poolings = [("pooling", level, seed) for level in LEVELS["pooling"] for seed in range(2)]
+    assert [trial.state for trial in told(tmp_path).trials] == [TrialState.COMPLETE] * 14
     assert sorted(measured_cells(tmp_path)) == sorted(poolings)
     uri = RunPaths(tmp_path / "runs").mlflow_uri
     (effects,) = load_report(uri, "ablations").effects
     contrasts = ["ggem - mean", *(f"{level} - class_token" for level in LEVELS["pooling"][1:])]
     rows = {(row.contrast, row.outcome): row for row in effects.table.itertuples()}
     assert rows.keys() == {(contrast, outcome) for contrast in contrasts for outcome in ("top1_pct", "nll")}
-    assert all(row.n_seeds == 3 and np.isfinite([row.effect, row.low, row.high, row.p]).all() for row in rows.values())
+    assert all(row.n_seeds == 2 and np.isfinite([row.effect, row.low, row.high, row.p]).all() for row in rows.values())
 
-    more = run_command(*FLAGS, "--factor", "optimizer", "--level", "optimizer=lion", cwd=tmp_path)
+    more = run_here(main, *FLAGS, "--factor", "optimizer", "--level", "optimizer=lion", cwd=tmp_path)
     assert more.returncode == 0, more.stdout + more.stderr
-    assert "27/27 done" in more.stdout
+    assert "18/18 done" in more.stdout
     assert "P optimizer: lion - adamw" in more.stdout
     assert f"the design was {kept['digest']}, now" in more.stdout
-    optimizers = [("optimizer", level, seed) for level in ("adamw", "lion") for seed in range(3)]
+    optimizers = [("optimizer", level, seed) for level in ("adamw", "lion") for seed in range(2)]
     assert sorted(measured_cells(tmp_path)) == sorted(poolings + optimizers)
-    assert len(load(uri, "ablations")) == 24
-    shown = subprocess.run(
-        [sys.executable, "-m", "results.leaderboard", "ablations", "--top", "3"], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    assert len(load(uri, "ablations")) == 16
+    shown = run_here(leaderboard.main, "ablations", "--top", "3", cwd=tmp_path)
     table = more.stdout[more.stdout.index("ablations/train, effects") : more.stdout.index("all of it")]
     assert table.strip() in shown.stdout
 
-    refused = run_command(*FLAGS, "--batch-size", "128", cwd=tmp_path)
+    refused = run_here(main, *FLAGS, "--batch-size", "128", cwd=tmp_path)
     assert refused.returncode == 2
     assert "recipe.batch_size was 256, now 128" in refused.stderr
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("serial_pool")
 def test_the_linear_probe_runs_on_the_backbone_of_an_earlier_phase(tmp_path: Path):
     flags = ["ablations", "--seeds", "0", "--linear-probe", "--probe-seeds", "2", "--epochs", "1", "--set", "linear_probe.epochs=1"]
-    done = run_command(*flags, cwd=tmp_path)
+    done = run_here(main, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ablations/probe  14/14 done" in done.stdout
     assert "P pooling: ggem - mean" in done.stdout

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import faulty
 import optuna
 import pytest
-from conftest import REPOSITORY
 from faulty_driver import die_after
+from forked import Forked
 from optuna.trial import TrialState
 
 import search.archiving
@@ -72,11 +70,8 @@ def run_fresh_and_die(settings: RunSettings, step: str, count: int) -> None:
 
 def killed(settings: RunSettings, step: str, count: int) -> None:
     """`--fresh` in a process that is killed right after the step was done so many times."""
-    where = f"pathlib.Path({str(settings.runs)!r}), storage={settings.storage!r}"
-    code = f"import pathlib, test_archive as t; t.run_fresh_and_die(t.settings({where}), {step!r}, {count})"
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
-    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    ended = Forked(run_fresh_and_die, settings, step, count, folder=settings.runs).wait()
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
 def optuna_trials(storage: str | Path) -> dict[str, list]:

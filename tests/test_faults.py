@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any, Literal
 
 import faulty
 import optuna
 import pytest
 from conftest import REPOSITORY
+from faulty_driver import drive
+from forked import Forked
 from optuna.trial import FrozenTrial, TrialState
 
+from results import mlflow_store
 from results.mlflow_store import mlflow_client, search_runs
 from results.paths import RunPaths
 from results.records import Failure, Measurement
@@ -28,14 +31,12 @@ from workers.resources import Resources
 
 pytestmark = pytest.mark.slow
 
-TESTS = REPOSITORY / "tests"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{TESTS}"}
 
-
-def driver(runs: Path, *flags: str, kill_after: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, str(TESTS / "faulty_driver.py"), "faulty", "--runs", str(runs), "--workers", "2", *flags]
-    environment = {**ENVIRONMENT, "KILL_AFTER": kill_after}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def driver(runs: Path, *flags: str, pool: Literal["ray", "serial"], die_at: tuple[str, int] | None = None) -> Forked:
+    """A driver of the study `faulty` in a process of its own; with the pool "serial" its trials run there, too."""
+    mlflow_store._create_sqlite_store(runs / "mlflow.db")
+    paths = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
+    return Forked(drive, ["faulty", "--runs", str(runs), *flags], pool, die_at, folder=Path(tempfile.mkdtemp(dir=runs.parent)), env=paths)
 
 
 def settings_flags(**settings: object) -> list[str]:
@@ -73,86 +74,80 @@ def wait_until(condition, timeout_s: float = 240.0) -> None:
 
 def test_a_driver_killed_twice_goes_on_to_exactly_the_asked_trials(tmp_path: Path):
     runs, log = tmp_path / "runs", tmp_path / "log"
-    flags = ["--trials", "30", *settings_flags(log=log, work_s=0.15)]
-    for threshold in (6, 15):
-        process = driver(runs, *flags)
+    flags = ["--trials", "24", "--workers", "2", *settings_flags(log=log, work_s=0.15)]
+    for threshold in (4, 10):
+        killed = driver(runs, *flags, pool="ray")
         wait_until(lambda threshold=threshold: sum(events(log, "end").values()) >= threshold)
-        process.kill()
-        process.wait()
+        killed.send(signal.SIGKILL)
+        assert killed.wait().returncode == -signal.SIGKILL
         done = {trial.number for trial in told(runs) if trial.state.is_finished()}
         started_before = events(log, "start")
-    finished = driver(runs, *flags)
-    _, errors = finished.communicate(timeout=120)
-    assert finished.returncode == 0, errors
-    check_ledgers(runs, 30)
+    finished = driver(runs, *flags, pool="ray").wait()
+    assert finished.returncode == 0, finished.stderr
+    check_ledgers(runs, 24)
     assert not [number for number in done if events(log, "start")[number] > started_before[number]]
 
 
 @pytest.mark.parametrize("write", ["outcome", "mlflow"])
 def test_a_driver_killed_between_two_ledgers_repeats_no_measurement(tmp_path: Path, write: str):
     runs, log = tmp_path / "runs", tmp_path / "log"
-    flags = ["--trials", "6", "--workers", "1", *settings_flags(log=log)]
-    killed = driver(runs, *flags, kill_after=f"{write}:3")
-    killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL
+    flags = ["--trials", "6", *settings_flags(log=log)]
+    assert driver(runs, *flags, pool="serial", die_at=(write, 3)).wait().returncode == -signal.SIGKILL
     measured = events(log, "end")
-    in_limbo = [trial.number for trial in told(runs) if trial.state == TrialState.RUNNING and measured[trial.number]]
-    assert in_limbo
-    resumed = driver(runs, *flags)
-    _, errors = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, errors
+    (in_limbo,) = [trial.number for trial in told(runs) if trial.state == TrialState.RUNNING and measured[trial.number]]
+    resumed = driver(runs, *flags, pool="serial").wait()
+    assert resumed.returncode == 0, resumed.stderr
     check_ledgers(runs, 6)
-    assert all(events(log, "end")[number] == measured[number] for number in in_limbo[:1])
+    assert events(log, "end")[in_limbo] == measured[in_limbo]
 
 
 def test_a_lost_outcome_file_is_told_from_the_finished_run(tmp_path: Path):
     runs, log = tmp_path / "runs", tmp_path / "log"
-    flags = ["--trials", "4", "--workers", "1", *settings_flags(log=log)]
-    driver(runs, *flags, kill_after="mlflow:2").communicate(timeout=120)
+    flags = ["--trials", "4", *settings_flags(log=log)]
+    driver(runs, *flags, pool="serial", die_at=("mlflow", 2)).wait()
     before = events(log, "end")
     (limbo,) = [trial.number for trial in told(runs) if trial.state == TrialState.RUNNING and before[trial.number]]
     (RunPaths(runs).workdir("faulty", "search", limbo) / "outcome.json").unlink()
-    resumed = driver(runs, *flags)
-    _, errors = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, errors
+    resumed = driver(runs, *flags, pool="serial").wait()
+    assert resumed.returncode == 0, resumed.stderr
     check_ledgers(runs, 4)
     assert events(log, "end")[limbo] == 1
 
 
 def test_a_torn_journal_is_mended_and_the_run_goes_on(tmp_path: Path):
     runs = tmp_path / "runs"
-    first = driver(runs, "--trials", "3")
-    assert first.wait(timeout=120) == 0
+    assert driver(runs, "--trials", "3", pool="serial").wait().returncode == 0
     journal = runs / "optuna.journal"
     journal.write_bytes(journal.read_bytes() + b'{"op_code": 4, "worker_')
-    second = driver(runs, "--trials", "5")
-    _, errors = second.communicate(timeout=120)
-    assert second.returncode == 0, errors
+    second = driver(runs, "--trials", "5", pool="serial").wait()
+    assert second.returncode == 0, second.stderr
     check_ledgers(runs, 5)
 
 
-def test_a_second_driver_is_refused_and_told_who_holds_the_study(tmp_path: Path):
+def test_a_second_driver_is_refused_and_told_who_holds_the_study(tmp_path: Path, cluster: Any):
     runs, log = tmp_path / "runs", tmp_path / "log"
-    first = driver(runs, "--trials", "500", *settings_flags(log=log, work_s=0.2))
+    flags = ["--trials", "500", "--ray-address", cluster.address, *settings_flags(log=log, work_s=0.2)]
+    first = driver(runs, *flags, pool="ray")
     try:
         wait_until(lambda: sum(events(log, "start").values()) >= 1)
-        second = driver(runs, "--trials", "500", *settings_flags(log=log, work_s=0.2))
-        _, errors = second.communicate(timeout=120)
+        second = driver(runs, *flags, pool="ray").wait()
         assert second.returncode == 2
-        assert f"is being run by process {first.pid}" in errors
-        assert "Traceback" not in errors
+        assert f"is being run by process {first.pid}" in second.stderr
+        assert "Traceback" not in second.stderr
     finally:
-        first.send_signal(signal.SIGTERM)
-        _, errors = first.communicate(timeout=60)
-    assert first.returncode == 130
-    assert "the same command goes on from there" in errors
+        # Ray has a handler of its own for this signal, which must not replace the driver's.
+        first.send(signal.SIGTERM)
+        stopped = first.wait()
+    assert stopped.returncode == 130
+    assert "the same command goes on from there" in stopped.stderr
 
 
-def test_a_study_survives_trials_that_hang(tmp_path: Path):
+def test_a_study_survives_trials_that_hang(tmp_path: Path, cluster: Any):
     runs = tmp_path / "runs"
-    process = driver(runs, "--trials", "4", "--time-limit-s", "4", *settings_flags(behaviour="hang", every=3))
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    flags = ["--trials", "4", "--time-limit-s", "4", "--ray-address", cluster.address, "--workers", "2"]
+    flags += settings_flags(behaviour="hang", every=3)
+    done = driver(runs, *flags, pool="ray").wait()
+    assert done.returncode == 0, done.stderr
     states = Counter(trial.state for trial in told(runs))
     assert states[TrialState.COMPLETE] == 4
     hung = [trial for trial in told(runs) if trial.state == TrialState.FAIL]
@@ -164,11 +159,12 @@ def test_a_study_survives_trials_that_hang(tmp_path: Path):
     assert {run.data.tags["failure_kind"] for run in failed} == {"timeout"}
 
 
-def test_a_study_survives_workers_that_are_killed(tmp_path: Path):
+def test_a_study_survives_workers_that_are_killed(tmp_path: Path, cluster: Any):
     runs, log = tmp_path / "runs", tmp_path / "log"
-    process = driver(runs, "--trials", "5", *settings_flags(behaviour="die_once", every=2, log=log))
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    flags = ["--trials", "5", "--ray-address", cluster.address, "--workers", "2"]
+    flags += settings_flags(behaviour="die_once", every=2, log=log)
+    done = driver(runs, *flags, pool="ray").wait()
+    assert done.returncode == 0, done.stderr
     check_ledgers(runs, 5)
     starts = events(log, "start")
     assert {trial.number for trial in told(runs) if starts[trial.number] == 2} == {
@@ -177,44 +173,19 @@ def test_a_study_survives_workers_that_are_killed(tmp_path: Path):
 
 
 def test_ten_failures_in_a_row_end_the_command_with_the_traceback(tmp_path: Path):
-    process = driver(tmp_path / "runs", "--trials", "30", *settings_flags(behaviour="raise"))
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "this model cannot be measured" in errors
-    assert "misbehave" in errors
+    done = driver(tmp_path / "runs", "--trials", "30", *settings_flags(behaviour="raise"), pool="serial").wait()
+    assert done.returncode == 1
+    assert "this model cannot be measured" in done.stderr
+    assert "misbehave" in done.stderr
     failed = [trial for trial in told(tmp_path / "runs") if trial.state == TrialState.FAIL]
-    assert len(failed) >= 10
+    assert len(failed) == 10
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """Two nodes of one CPU each, in processes of their own."""
-    # Read once, when Ray is imported; if a pool of another file did that, its token is in the environment and serves here too.
-    if "ray" not in sys.modules:
-        os.environ["RAY_AUTH_MODE"] = "disabled"
-    import ray
-    from ray.cluster_utils import Cluster
-
-    os.environ["PYTHONPATH"] = ENVIRONMENT["PYTHONPATH"]
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    made.add_node(num_cpus=1)
-    yield made
-    ray.shutdown()
-    made.shutdown()
-
-
-@pytest.fixture
-def pool(cluster):
-    made = RayPool(address=cluster.address)
-    yield made
-    made.close()
-
-
-def job(folder: Path, behaviour: faulty.Behaviour, number: int = 0, time_limit_s: float | None = None, work_s: float = 0.0) -> Job:
+def job(folder: Path, behaviour: faulty.Behaviour, number: int = 0, time_limit_s: float | None = None, until: str = "") -> Job:
     return Job(
         trial=number,
         candidate=Candidate(model=faulty.classifier(number + 1)),
-        calls=(Call("faulty", faulty.FaultySettings(behaviour=behaviour, log=str(folder / "log"), work_s=work_s)),),
+        calls=(Call("faulty", faulty.FaultySettings(behaviour=behaviour, log=str(folder / "log"), until=until)),),
         seed=0,
         data="digits",
         data_fingerprint="digits",
@@ -280,9 +251,10 @@ def test_a_process_with_a_poisoned_device_gets_no_second_job(pool: RayPool, tmp_
 def test_the_death_of_the_mailbox_loses_no_job(pool: RayPool, tmp_path: Path):
     import ray
 
-    pool.submit(job(tmp_path, "work", work_s=3.0))
+    pool.submit(job(tmp_path, "work", until=str(tmp_path / "end")))
     wait_until(lambda: events(tmp_path / "log", "start")[0] == 1)
     ray.kill(pool._mailbox, no_restart=False)
+    (tmp_path / "end").touch()
     assert outcomes(pool, 1)[0].values == {"score": 1.0}
 
 
@@ -297,10 +269,12 @@ def test_jobs_of_a_node_that_leaves_are_done_on_another(cluster, pool: RayPool, 
     node = cluster.add_node(num_cpus=2)
     wait_until(lambda: pool.capacity(Resources()) == 4)
     for number in range(4):
-        pool.submit(job(tmp_path, "work", number, work_s=10.0))
-    wait_until(lambda: len(events(tmp_path / "log", "start")) == 4)
+        pool.submit(job(tmp_path, "work", number, until=str(tmp_path / "end")))
+    log = tmp_path / "log"
+    wait_until(lambda: len(events(log, "start")) == 4)
     cluster.remove_node(node, allow_graceful=False)
+    wait_until(lambda: pool.capacity(Resources()) == 2)
+    (tmp_path / "end").touch()
     found = outcomes(pool, 4)
     assert {number: outcome.values["score"] for number, outcome in found.items()} == {n: n + 1.0 for n in range(4)}
-    assert sum(events(tmp_path / "log", "start").values()) >= 5
-    wait_until(lambda: pool.capacity(Resources()) == 2)
+    assert sum(events(log, "start").values()) >= 5

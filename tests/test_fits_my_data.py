@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,6 @@ from space.model import resized
 from space.recipe import Recipe
 from space.spec import digest_of
 from workers.data import count_classes, load_dataset, summarize
-from workers.pool import SerialPool
 
 TINY = ["--recipe", "epochs=1,batch_size=16,warmup_epochs=0", "--evaluators", "train"]
 
@@ -52,19 +49,13 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def serial_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials run in this process, where a cluster adds nothing to the fact under test."""
-    monkeypatch.setattr("search.service.make_pool", lambda *arguments: SerialPool())
-
-
 def settings(study: str, runs: Path, **changes: Any) -> RunSettings:
     return fitted(RunSettings(study=study, runs=runs, **changes), fresh=False)
 
 
-@pytest.mark.parametrize("study", ["as_vit", "smoke", "tune", "ablations"])
-def test_every_study_takes_the_classes_of_its_networks_from_the_data(study: str, tmp_path: Path, shapes: Path):
-    run = settings(study, tmp_path, data=f"folder:{shapes}")
+@pytest.mark.parametrize(("study", "objectives"), [("as_vit", ""), ("as_vit", "nsc"), ("smoke", ""), ("tune", ""), ("ablations", "")])
+def test_every_study_takes_the_classes_of_its_networks_from_the_data(study: str, objectives: str, tmp_path: Path, shapes: Path):
+    run = settings(study, tmp_path, data=f"folder:{shapes}", **({"objectives": objectives} if objectives else {}))
     examples = [phase.example for phase in studies.get(study)(run).phases]
     assert {network.num_classes for example in examples for network in (example.model, example.scored)} == {3}
 
@@ -210,7 +201,7 @@ def test_what_a_study_will_do_is_said_with_its_limits_and_where_they_come_from(s
         study="as_vit", runs=tmp_path, data=f"folder:{shapes}", img_size=64, options=studies.get("as_vit").options(rounds=3)
     )
     run = fitted(given, fresh=False)
-    topology, growth = announcements(studies.get("as_vit")(run), run, given)
+    topology, growth = (" ".join(told.split()) for told in announcements(studies.get("as_vit")(run), run, given))
     assert topology == (
         "as_vit/topology: 200 trials (default, --trials) proposed by policy_gradient; "
         "networks for 64 px (--img-size) and 3 classes (of the data)"
@@ -270,11 +261,13 @@ def test_a_table_s_digest_names_its_network_and_the_parent_run_knows_the_data(tm
     assert json.loads(evaluated.stdout)["digest"] == digest
 
 
-def test_the_lines_of_the_readme_load_a_trained_network_and_use_it(tmp_path: Path):
+def test_the_lines_of_the_readme_load_a_trained_network_and_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     (block,) = re.findall(r"```python\n([^`]*load_model[^`]*)```", (REPOSITORY / "README.md").read_text())
     trained = run_here(main, "evaluate", "vit_digits", *TINY, "--workdir", "winner", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"\[([^\[\]]*)\]", done.stdout)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    rows = re.findall(r"\[([^\[\]]*)\]", capsys.readouterr().out)
     assert [len(row.split(",")) for row in rows] == [10] * 4

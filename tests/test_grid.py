@@ -9,6 +9,7 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupted import InterruptedPool
 from optuna.trial import TrialState
 from test_loop import make_phase, new_study, run, small_space, states
 
@@ -16,7 +17,6 @@ from search.storage import open_storage
 from search.strategies.grid import Grid
 from search.strategy import enqueue
 from search.study import RESULT_ATTRIBUTE
-from workers.pool import Event, SerialPool
 
 
 def points(*numbers: int) -> list[dict[str, int]]:
@@ -56,20 +56,6 @@ def test_a_point_that_was_only_enqueued_or_half_asked_is_not_proposed_again(tmp_
     assert sorted(measured(study)) == [1, 2, 3]
 
 
-class InterruptedPool(SerialPool):
-    """Ctrl-C comes while the second job runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._num_polls = 0
-
-    def poll(self, timeout_s: float) -> list[Event]:
-        self._num_polls += 1
-        if self._num_polls == 2:
-            raise KeyboardInterrupt
-        return super().poll(timeout_s)
-
-
 @pytest.mark.parametrize("storage", ["optuna.journal", "sqlite:///optuna.db"])
 def test_after_an_interruption_a_shorter_list_withdraws_what_had_not_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], storage: str
@@ -78,7 +64,7 @@ def test_after_an_interruption_a_shorter_list_withdraws_what_had_not_begun(
     opened = open_storage(storage)
     study = optuna.create_study(storage=opened, study_name="s/grid", directions=["maximize"])
     with pytest.raises(KeyboardInterrupt):
-        run_grid(tmp_path, *range(1, 21), study=study, pool=InterruptedPool(), storage=opened)
+        run_grid(tmp_path, *range(1, 21), study=study, pool=InterruptedPool(num_jobs=1), storage=opened)
     assert states(study) == ["COMPLETE", "RUNNING", *["WAITING"] * 18]
     capsys.readouterr()
     run_grid(tmp_path, 1, 5, study=study, storage=opened)

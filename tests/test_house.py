@@ -22,7 +22,7 @@ ONLY_IN = {
     "ray": {"workers/pool.py", "workers/distributed.py"},
     "mlflow": {"results/mlflow_store.py"},
     "optuna": {"search/"},
-    "argparse": {"search/arguments.py", "search/commands.py", "results/leaderboard.py"},
+    "argparse": {"search/arguments.py", "search/commands.py", "results/leaderboard.py", "results/scaling_laws/__main__.py"},
 }
 NEVER = {"results": {"torch", "timm", "ray", "optuna"}, "space": {"ray", "mlflow", "optuna"}}
 

@@ -25,7 +25,6 @@ from results.paths import RunPaths
 from results.records import Failure, Measurement, Metric
 from results.tracking import TrialRecord
 from search import run
-from workers.pool import SerialPool
 
 DISTORTION, CONDITION = Metric("length_distortion", "maximize"), Metric("ntk_condition", "minimize")
 OBJECTIVES = {"topology": [DISTORTION, CONDITION], "growth": [CONDITION]}
@@ -163,8 +162,8 @@ def test_the_parent_run_has_the_values_of_the_network_that_ranks_first(store: tu
 
 
 @pytest.mark.slow
-def test_a_run_ends_with_the_address_of_its_view_and_keeps_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("search.service.make_pool", lambda *arguments: SerialPool())
+@pytest.mark.usefixtures("serial_pool")
+def test_a_run_ends_with_the_address_of_its_view_and_keeps_its_settings(tmp_path: Path):
     flags = ["--trials", "2", "--max", "params_m=0.3", "--set", "as_vit.num_repeats=2"]
     done = run_here(run.main, "smoke", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import REPOSITORY, run_command
+from conftest import REPOSITORY, run_here
+from interrupted import InterruptedPool
+from optuna.trial import TrialState
 
+from search.run import main
 from search.storage import open_storage
 
 pytestmark = pytest.mark.slow
@@ -34,15 +37,18 @@ def test_links_lead_to_files():
     assert [file for file in files if not (REPOSITORY / file).exists()] == []
 
 
-def test_the_optuna_example_goes_on_with_a_study_that_the_command_line_made(tmp_path: Path):
-    flags = ["--trials", "2", "--img-size", "224", "--proxy-img-size", "64", "--max-params-m", "2.4"]
-    made = run_command("as_vit", *flags, cwd=tmp_path)
-    assert made.returncode == 0, made.stdout + made.stderr
-    done = subprocess.run([sys.executable, "-c", block_with("study.optimize")], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "length_distortion" in done.stdout
+def test_the_optuna_example_goes_on_with_a_study_that_the_command_line_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("search.service.make_pool", lambda *arguments: InterruptedPool(num_jobs=1))
+    flags = ["--trials", "1", "--img-size", "224", "--proxy-img-size", "64", "--max-params-m", "2.4"]
+    made = run_here(main, "as_vit", *flags, cwd=tmp_path)
+    assert made.returncode == 130, made.stdout + made.stderr
+    monkeypatch.chdir(tmp_path)
+    exec(block_with("study.optimize"), {})
+    assert "length_distortion" in capsys.readouterr().out
     study = optuna.load_study(study_name="as_vit/topology", storage=open_storage(tmp_path / "runs" / "optuna.journal"))
-    assert len(study.trials) == 7
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 6
 
 
 @pytest.fixture(scope="module")

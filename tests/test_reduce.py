@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import run_command
+from conftest import run_here
 
 from results.paths import RunPaths
 from results.records import Failure
 from results.report import load_report
 from search.budget import Budget
 from search.measuring import Measuring
+from search.run import main
 from search.studies.reduce import LEVELS, METHODS, ReduceOptions
 from search.study import Need, RunSettings, SettingsError, Study, studies
 from space.cost import cost
@@ -157,9 +158,10 @@ def test_weights_from_a_file_are_reduced_without_any_training(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("serial_pool")
 def test_the_whole_study_prints_effects_of_every_reducer(tmp_path: Path):
-    flags = ["reduce", "--share", "70", "--seeds", "1", "--epochs", "1", "--set", "profile.num_runs=30"]
-    done = run_command(*flags, cwd=tmp_path)
+    flags = ["reduce", "--share", "70", "--seeds", "1", "--epochs", "1", "--set", "profile.num_runs=30", "--set", "profile.batch_size=1"]
+    done = run_here(main, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "reduce/reduce  7/7 done" in done.stdout
     assert "P macs_70: mean(evit, gtp, diffrate, mctf) - random_drop" in done.stdout

@@ -11,6 +11,7 @@ from pathlib import Path
 import optuna
 import pytest
 from conftest import run_command, run_here, run_pasted
+from interrupted import InterruptedPool
 from optuna.trial import TrialState
 
 import search
@@ -21,11 +22,11 @@ from search.interruption import Interruption
 from search.run import main
 from search.storage import open_storage
 from search.study import RunSettings, SettingsError, open_phase, studies
-from workers.pool import Event, SerialPool
 
 pytestmark = pytest.mark.slow
 
 SMALL = ["--set", "as_vit.num_repeats=2", "--set", "as_vit.num_angles=3", "--set", "as_vit.ntk_batch_size=4"]
+SMOKE = ["smoke", *SMALL]
 AS_VIT = ["as_vit", "--img-size", "32", "--max-params-m", "3", *SMALL]
 
 
@@ -33,12 +34,6 @@ def run_study(folder: Path, *arguments: str):
     done = run_here(main, *arguments, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
-
-
-@pytest.fixture
-def serial_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials run in this process, where a cluster adds nothing to the fact under test."""
-    monkeypatch.setattr("search.service.make_pool", lambda *arguments: SerialPool())
 
 
 def optuna_study(folder: Path, name: str) -> optuna.Study:
@@ -49,7 +44,7 @@ def optuna_study(folder: Path, name: str) -> optuna.Study:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which as_vit has run to its end, in a process and on a cluster of its own."""
     folder = tmp_path_factory.mktemp("as_vit")
-    done = run_command(*AS_VIT, "--trials", "8", cwd=folder)
+    done = run_command(*AS_VIT, "--trials", "5", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "output.txt").write_text(done.stdout)
     return folder
@@ -57,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_topology_and_growth_run_to_the_end_and_agree_in_all_ledgers(finished: Path):
     topology, growth = (optuna_study(finished, f"as_vit/{phase}") for phase in ("topology", "growth"))
-    assert len(topology.get_trials(states=(TrialState.COMPLETE,))) == 8
+    assert len(topology.get_trials(states=(TrialState.COMPLETE,))) == 5
     grown = growth.get_trials(states=(TrialState.COMPLETE,))
     assert grown
     frame = load(RunPaths(finished / "runs").mlflow_uri, "as_vit")
@@ -108,8 +103,8 @@ def test_the_leaderboard_is_printed_and_attached_to_the_parent_run(finished: Pat
 @pytest.mark.usefixtures("serial_pool")
 def test_running_the_same_command_again_changes_nothing(finished: Path):
     before = [trial.state for trial in optuna_study(finished, "as_vit/growth").trials]
-    again = run_study(finished, *AS_VIT, "--trials", "8")
-    assert "8/8 done" in again.stdout
+    again = run_study(finished, *AS_VIT, "--trials", "5")
+    assert "5/5 done" in again.stdout
     assert [trial.state for trial in optuna_study(finished, "as_vit/growth").trials] == before
 
 
@@ -169,12 +164,8 @@ def test_a_leaderboard_that_cannot_be_made_hides_no_interruption_and_comes_after
         assert statuses() == {"trial": "KILLED", "invocation": "KILLED"}
         raise OSError("no space left for the figure")
 
-    class InterruptedPool(SerialPool):
-        def poll(self, timeout_s: float) -> list[Event]:
-            raise KeyboardInterrupt
-
     monkeypatch.setattr("search.service.attach_leaderboard", attach)
-    monkeypatch.setattr("search.service.make_pool", lambda *arguments: InterruptedPool())
+    monkeypatch.setattr("search.service.make_pool", lambda *arguments: InterruptedPool(num_jobs=0))
     settings = RunSettings(study="smoke", runs=tmp_path, num_trials=2)
     with pytest.raises(KeyboardInterrupt):
         search.service.run_study(settings, fresh=False, max_workers=None, ray_address="", command="", interruption=Interruption())
@@ -184,7 +175,7 @@ def test_a_leaderboard_that_cannot_be_made_hides_no_interruption_and_comes_after
 @pytest.mark.usefixtures("serial_pool")
 def test_an_experiment_of_another_study_of_that_name_is_refused(tmp_path: Path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    run_study(tmp_path, "smoke", "--trials", "2", "--tracking-uri", uri, "--runs", "a")
+    run_study(tmp_path, *SMOKE, "--trials", "2", "--tracking-uri", uri, "--runs", "a")
     refused = run_here(main, "smoke", "--trials", "3", "--seed", "7", "--tracking-uri", uri, "--runs", "b", cwd=tmp_path)
     assert refused.returncode == 2
     assert "records another study of that name" in refused.stderr
@@ -195,7 +186,7 @@ def test_an_experiment_of_another_study_of_that_name_is_refused(tmp_path: Path):
 def test_every_step_that_may_take_long_is_named_and_the_printed_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     named: list[str] = []
     monkeypatch.setattr("search.progress.waiting", lambda what, say: named.append(what) or contextlib.nullcontext())
-    done = run_study(tmp_path, "smoke", "--trials", "3", "--runs", "my runs")
+    done = run_study(tmp_path, *SMOKE, "--trials", "3", "--runs", "my runs")
     (tmp_path / "elsewhere").mkdir()
     assert [what.split(" at ")[0].partition(" storage")[0] for what in named] == [
         "checking the settings and the data",
@@ -216,9 +207,9 @@ def test_every_step_that_may_take_long_is_named_and_the_printed_commands_run(tmp
 
 @pytest.mark.usefixtures("serial_pool")
 def test_fresh_sets_the_old_study_aside_and_deletes_nothing(tmp_path: Path):
-    run_study(tmp_path, "smoke", "--trials", "3")
+    run_study(tmp_path, *SMOKE, "--trials", "3")
     first = {trial.values[0] for trial in optuna_study(tmp_path, "smoke/search").trials}
-    run_study(tmp_path, "smoke", "--trials", "2", "--seed", "1", "--fresh")
+    run_study(tmp_path, *SMOKE, "--trials", "2", "--seed", "1", "--fresh")
     names = optuna.get_all_study_names(open_storage(tmp_path / "runs" / "optuna.journal"))
     (archived,) = [name for name in names if name.startswith("smoke@")]
     assert {trial.values[0] for trial in optuna_study(tmp_path, archived).trials} == first
@@ -240,7 +231,7 @@ def test_a_study_is_driven_alone_through_optuna(tmp_path: Path):
 @pytest.mark.usefixtures("serial_pool")
 @pytest.mark.parametrize("strategy", ["random", "tpe", "nsga2", "policy_gradient", "policy_gradient_merit"])
 def test_every_strategy_searches_the_smoke_space(tmp_path: Path, strategy: str):
-    run_study(tmp_path, "smoke", "--trials", "4", "--strategy", strategy, "--max-params-m", "0.12", "--set", "as_vit.num_repeats=2")
+    run_study(tmp_path, *SMOKE, "--trials", "4", "--strategy", strategy, "--max-params-m", "0.12")
     trials = optuna_study(tmp_path, "smoke/search").get_trials(states=(TrialState.COMPLETE,))
     assert len(trials) == 4
     assert all(trial.user_attrs["result"]["params_m"] <= 0.12 for trial in trials)

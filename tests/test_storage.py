@@ -238,12 +238,10 @@ def test_two_drivers_that_find_a_study_free_at_once_do_not_both_get_it(clock: Cl
 def test_a_driver_killed_on_a_database_is_resumed_at_once_to_exactly_the_asked_trials(tmp_path: Path):
     runs, storage = tmp_path / "runs", f"sqlite:///{tmp_path / 'optuna.db'}"
     flags = ["--trials", "5", "--storage", storage]
-    killed = driver(runs, *flags, kill_after="mlflow:2")
-    killed.communicate(timeout=120)
+    killed = driver(runs, *flags, pool="serial", die_at=("mlflow", 2)).wait()
     assert killed.returncode == -signal.SIGKILL
-    resumed = driver(runs, *flags)
-    said, errors = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, errors
-    assert "waiting up to" not in said
+    resumed = driver(runs, *flags, pool="serial").wait()
+    assert resumed.returncode == 0, resumed.stderr
+    assert "waiting up to" not in resumed.stdout
     trials = optuna.load_study(study_name="faulty/search", storage=open_storage(storage)).trials
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 5

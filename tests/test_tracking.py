@@ -7,12 +7,12 @@ import json
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 import results.mlflow_store as mlflow_store
 from results.mlflow_store import (
@@ -55,19 +55,10 @@ def trial(number: int, **changes) -> TrialRecord:
     return dataclasses.replace(record, **changes)
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory) -> Path:
-    """MLflow takes two seconds to make its tables; each test copies them."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow_client(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def paths(tmp_path: Path, empty_store: Path) -> RunPaths:
+def paths(tmp_path: Path) -> RunPaths:
     found = RunPaths(tmp_path / "a folder")
-    found.root.mkdir()
-    (found.root / "mlflow.db").write_bytes(empty_store.read_bytes())
+    mlflow_store._create_sqlite_store(found.root / "mlflow.db")
     return found
 
 
@@ -193,29 +184,27 @@ def interrupt() -> None:
 
 def wait_to_be_killed() -> None:
     print("ready", flush=True)
-    sys.stdin.read()
+    signal.pause()
 
 
-KILLED_DRIVER = """
-import sys
-from test_tracking import MEASURED, RunPaths, Unread, make, trial, wait_to_be_killed
-tracker = make(RunPaths(sys.argv[1]))
-tracker.record(trial(0), MEASURED)
-tracker.open(trial(1))
-tracker.open(trial(2))
-if sys.argv[2] == "after the metrics":
-    tracker.record(trial(1, candidate=Unread(wait_to_be_killed)), MEASURED)
-wait_to_be_killed()
-"""
+def drive_until_killed(root: Path, moment: str) -> None:
+    tracker = make(RunPaths(root))
+    tracker.record(trial(0), MEASURED)
+    tracker.open(trial(1))
+    tracker.open(trial(2))
+    if moment == "after the metrics":
+        tracker.record(trial(1, candidate=Unread(wait_to_be_killed)), MEASURED)
+    wait_to_be_killed()
 
 
 @pytest.mark.parametrize("moment", ["while running", "after the metrics"])
 def test_a_run_left_by_a_killed_driver_is_taken_up(paths, moment):
-    command = [sys.executable, "-c", KILLED_DRIVER, str(paths.root), moment]
-    with subprocess.Popen(command, cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
-        assert driver.stdout is not None
-        assert driver.stdout.readline() == "ready\n"
-        driver.send_signal(signal.SIGKILL)
+    driver = Forked(drive_until_killed, paths.root, moment, folder=paths.root)
+    while driver.said != "ready\n":
+        assert driver.is_running, driver.wait()
+        time.sleep(0.05)
+    driver.send(signal.SIGKILL)
+    driver.wait()
     left = {run.data.tags["trial"]: run for run in runs(paths)}
     assert [left[number].info.status for number in "012"] == ["FINISHED", "RUNNING", "RUNNING"]
 
@@ -317,9 +306,9 @@ def test_nothing_is_created_by_looking(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_appears_whole(tmp_path):
+def test_a_store_appears_whole(tmp_path, creates_store):
     path = tmp_path / "runs" / "mlflow.db"
-    MlflowTracker(f"sqlite:///{path}", "study", invocation={}, objectives=OBJECTIVES)
+    creates_store(path)
     assert [file.name for file in path.parent.iterdir()] == ["mlflow.db"]
     with sqlite3.connect(path) as database:
         assert database.execute("select count(*) from alembic_version").fetchone() == (1,)
