@@ -24,6 +24,7 @@ MAX_ROWS = 1000
 
 STYLE = """
 .scroll { overflow: auto; max-height: 640px; border: 1px solid var(--grid); border-radius: 8px; }
+.scroll > pre { margin: 0; padding: 12px 16px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; width: 100%; }
 th, td { padding: 6px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
 th { position: sticky; top: 0; background: var(--wash); font-weight: 600; }
