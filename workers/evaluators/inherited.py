@@ -25,6 +25,7 @@ from space.supernet import Supernet
 from workers.data import DataSet
 from workers.evaluator import Context, evaluator
 from workers.evaluators.supernet import load_supernet
+from workers.evaluators.train import WEIGHTS
 from workers.inference import predict, top1_pct
 
 SUPERNET = "supernet"
@@ -83,8 +84,8 @@ def inherited(model: Model, context: Context, settings: InheritedSettings) -> Ma
     subnet = _subnet(model)
     assert context.dataset is not None
     trained = context.weights.path.parent if context.weights else context.best(SUPERNET).workdir
-    supernet = _supernet(trained.absolute(), context.device)
-    part = _part(_Asked(context.dataset, context.dataset.digest, settings.num_images, context.seed))
+    supernet = _supernet(trained.absolute(), context.device, file_version(trained / WEIGHTS))
+    part = _part(_Asked(context.dataset, context.dataset.digest, context.dataset.img_size, settings.num_images, context.seed))
     network = _Timed(supernet.at(subnet))
     images = np.arange(len(part.labels))
     top1 = top1_pct(predict(network, part, images, device=context.device, batch_size=settings.batch_size), part.labels)
@@ -92,8 +93,17 @@ def inherited(model: Model, context: Context, settings: InheritedSettings) -> Ma
     return {METRIC: top1, stderr_name(METRIC): math.sqrt(top1 * (100 - top1) / len(images))}
 
 
+def file_version(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written anew, as by a fresh study of the same name; None where there is none."""
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
 @lru_cache(maxsize=1)
-def _supernet(workdir: Path, device: str) -> Supernet:
+def _supernet(workdir: Path, device: str, version: tuple[int, int] | None) -> Supernet:
+    """The supernet of a work directory; `version` is that of its file."""
     return load_supernet(workdir, device)
 
 
@@ -113,10 +123,11 @@ class _Timed(nn.Module):
 
 @dataclass(frozen=True)
 class _Asked:
-    """Images by what decides them; a data set that Ray hands over anew for every job is the same by its digest."""
+    """Images by what decides them; a data set that Ray hands over anew for every job is the same by its digest and its size of images."""
 
     dataset: DataSet = field(compare=False)
     digest: str
+    img_size: int
     num_images: int
     seed: int
 
