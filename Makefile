@@ -36,7 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 search: setup ## the main job: a small As-ViT search with growth, to a printed leaderboard
 	$(BIN)/python search/run.py as_vit --trials 60 --img-size 224 --proxy-img-size 64 --max-params-m 12
 
-benchmark: setup ## which of eight small networks for digits on this CPU: speed, accuracy, a winner per budget; some minutes on two idle cores
+benchmark: setup ## which of eight small networks for digits on this CPU: speed, accuracy, a winner per budget; five minutes on two idle cores
 	$(BIN)/python search/run.py benchmark --models $(SMALL_NETWORKS) --data digits --epochs 27 --max latency_ms=2 --max params_m=0.2
 
 ablations: setup ## which pooling pays off on digits: seven poolings, three paired seeds, effects with intervals; some 7 minutes
@@ -45,7 +45,7 @@ ablations: setup ## which pooling pays off on digits: seven poolings, three pair
 reduce: setup ## which token reduction pays off without retraining, on networks trained on digits, beside two trivial baselines
 	$(BIN)/python search/run.py reduce --data digits --seeds 3 --epochs 30
 
-vit-resnas: setup ## a supernet on digits, searched by evolution, and the best trained beside hand-made and random networks; within 10 minutes
+vit-resnas: setup ## a supernet on digits, searched by evolution, and the best trained beside hand-made and random networks; five minutes
 	$(BIN)/python search/run.py vit_resnas --epochs 40 --retrain-epochs 30 --trials 200 --top 1 --random 1 --seeds 2
 
 smoke: setup ## a study of seconds, to try the installation
